@@ -1,0 +1,33 @@
+"""The families autoq knows: one module of data each, found by being here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from transformers import PretrainedConfig
+
+from autoq.architectures.base import Architecture, ScaleGroup
+from autoq.errors import ArchitectureError
+
+__all__ = ["Architecture", "ScaleGroup", "all_architectures", "architecture_of"]
+
+
+@cache
+def all_architectures() -> tuple[Architecture, ...]:
+    """Every architecture defined by a module of this package."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return tuple(module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE"))
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The architecture of a model with this config, or an ArchitectureError that lists the known ones."""
+    for architecture in all_architectures():
+        if config.model_type in architecture.model_types:
+            return architecture
+    known = sorted(name for architecture in all_architectures() for name in architecture.model_types)
+    raise ArchitectureError(
+        f"models of type {config.model_type!r} are not supported; the supported types are {', '.join(known)}. "
+        "A family is added by one file of data in autoq/architectures."
+    )

@@ -1,0 +1,144 @@
+"""How a model is quantized. The only home of the key names other packages use for the same settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoq.errors import ConfigError
+from autoq.quantization.weight import SUPPORTED_BITS
+
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+
+# Names from llm-awq, AutoAWQ and transformers, and ours.
+_LEGACY_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
+
+# Keys of a saved quantization_config that describe the checkpoint, and others write without a meaning for us.
+_IGNORED_KEYS = {
+    "quant_method", "symmetric", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config",
+    "lm_head", "checkpoint_format", "autoq_version",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The settings of a quantization.
+
+    bits: width of a code: 2, 3, 4 or 8.
+    group_size: weights that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row.
+    zero_point: True for an integer zero point per group, False for symmetric ranges.
+    version: the on-disk format: "gemm" (4 bits, read by every AWQ engine) or "dense" (any width, our own). Left out,
+        it is "gemm" where that can hold the weights and "dense" elsewhere.
+    modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
+    indivisible: what happens to a linear whose input features the group size does not divide: "smaller" takes the
+        largest smaller group size that does, "skip" leaves the linear as it is. Either is listed in the report.
+    duo_scaling: whether the scale search weighs the magnitude of the weights too, not only of the activations.
+    apply_clip: whether to search the range weights are clipped to.
+    scale_activations: whether linears behind a nonlinearity get a scale too, through a scaled activation. More
+        accurate, but vLLM and SGLang cannot load such checkpoints.
+    module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    version: str = ""
+    modules_to_not_convert: tuple[str, ...] = ()
+    indivisible: str = "smaller"
+    duo_scaling: bool = True
+    apply_clip: bool = True
+    scale_activations: bool = False
+    module_group_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.version:
+            object.__setattr__(self, "version", "gemm" if self.bits == 4 else "dense")
+        _one_of("bits", self.bits, SUPPORTED_BITS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("indivisible", self.indivisible, ("smaller", "skip"))
+        for name in ("zero_point", "duo_scaling", "apply_clip", "scale_activations"):
+            _one_of(name, getattr(self, name), (True, False))
+        for name, size in self.module_group_sizes.items():
+            _one_of(f"module_group_sizes[{name!r}]", size, GROUP_SIZES)
+        if self.version == "gemm" and self.bits != 4:
+            raise ConfigError(
+                f"the gemm format holds 4-bit weights only, not {self.bits}-bit ones; "
+                'leave "version" out, or set it to "dense"'
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """From a user's `quant_config` or a checkpoint's `quantization_config`; legacy key names are understood."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"quant_config is a {type(values).__name__}; it should be a dict such as {{'bits': 4}}")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        settings: dict[str, Any] = {}
+        for key, value in values.items():
+            name = _LEGACY_KEYS.get(key, key)
+            if name in _IGNORED_KEYS:
+                continue
+            if name not in known:
+                raise ConfigError(f"unknown setting {key!r} in the quantization config; known are {sorted(known)}")
+            if settings.get(name, value) != value:
+                raise ConfigError(f"the quantization config gives {name!r} twice, as {settings[name]!r} and {value!r}")
+            settings[name] = value
+        if values.get("symmetric") is True:  # see to_dict
+            settings["zero_point"] = False
+        if isinstance(settings.get("version"), str):
+            settings["version"] = settings["version"].lower()
+        settings["modules_to_not_convert"] = _strings("modules_to_not_convert", settings.get("modules_to_not_convert"))
+        if not isinstance(settings.get("module_group_sizes", {}), Mapping):
+            raise ConfigError("module_group_sizes should be a dict from a linear's name to its group size")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint, in the words AWQ engines read.
+
+        Symmetric GEMM weights are saved with their zero points written out (all 8) and `zero_point: true`: vLLM's
+        fast kernels refuse AWQ checkpoints without zero points. `symmetric` keeps what they are.
+        """
+        gemm = self.version == "gemm"
+        saved: dict[str, Any] = {
+            "quant_method": "awq" if gemm else "autoq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point or gemm,
+            "version": self.version,
+            "modules_to_not_convert": list(self.modules_to_not_convert) or None,
+        }
+        if not self.zero_point:
+            saved["symmetric"] = True
+        if self.module_group_sizes:
+            saved["module_group_sizes"] = dict(self.module_group_sizes)
+        if self.scale_activations:
+            saved["scale_activations"] = True
+        return saved
+
+    def group_size_for(self, name: str, in_features: int) -> int | None:
+        """The group size of a linear, or None when it stays as it is because no group size divides it."""
+        size = self.module_group_sizes.get(name, self.group_size)
+        if size == -1 or in_features % size == 0:
+            return size
+        if self.indivisible == "smaller":
+            return next((s for s in (128, 64, 32, 16) if s < size and in_features % s == 0), None)
+        return None
+
+    def converts(self, name: str) -> bool:
+        """Whether a linear of this full name is to be quantized."""
+        return not any(pattern in name for pattern in self.modules_to_not_convert)
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # type() too: True == 1 and 4.0 == 4, but neither is what the setting means.
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ConfigError(f"{name} is {value!r}; it should be one of {', '.join(map(repr, choices))}")
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
+        raise ConfigError(f"{name} is {value!r}; it should be a list of (parts of) names of linears")
+    return tuple(value)

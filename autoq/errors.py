@@ -1,0 +1,31 @@
+"""The errors a user can meet. Each message is a sentence that says what was found, what was wanted and what to do."""
+
+from __future__ import annotations
+
+
+class AutoQError(Exception):
+    """Base of every error autoq raises on purpose."""
+
+
+class ConfigError(AutoQError, ValueError):
+    """A setting that is unknown, contradictory or out of range."""
+
+
+class ArchitectureError(AutoQError, ValueError):
+    """A model whose architecture autoq does not know, or that differs from what its architecture declares."""
+
+
+class CalibrationError(AutoQError, ValueError):
+    """Calibration data that is empty, unreadable or of an unknown kind."""
+
+
+class QuantizationError(AutoQError, ValueError):
+    """A tensor that cannot be quantized, such as one that holds NaN or infinity."""
+
+
+class CheckpointError(AutoQError, ValueError):
+    """A checkpoint that is missing, truncated, inconsistent or unsafe to read."""
+
+
+class OperatorError(AutoQError, ValueError):
+    """An operator called with tensors of the wrong shape, dtype or device."""

@@ -1,0 +1,55 @@
+"""What an on-disk format is: pure functions between quantized weights and named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from autoq.quantization.weight import QuantizedWeight
+
+
+class LinearSpec(NamedTuple):
+    """The shape of a quantized linear. `group_size` is resolved: in_features where the config says -1."""
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    zero_point: bool
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.group_size
+
+
+class TensorSpec(NamedTuple):
+    """The dtype and shape of a tensor on disk."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Format(Protocol):
+    """One on-disk layout of a quantized weight, without its bias.
+
+    `unpack(pack(weight), spec)` is the weight, bit for bit.
+    """
+
+    @property
+    def name(self) -> str:
+        """The `version` it goes by in a checkpoint's config."""
+
+    def obstacle(self, spec: LinearSpec) -> str | None:
+        """Why this format cannot hold such a linear, or None."""
+
+    def tensors(self, spec: LinearSpec) -> dict[str, TensorSpec]:
+        """The tensors of such a linear, by the last part of their name."""
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors of a weight, by the last part of their name."""
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
+        """The weight held by tensors that match `tensors(spec)`."""

@@ -1,0 +1,301 @@
+"""Builds a running model from a quantized checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, init_empty_weights
+from accelerate.utils import (
+    get_balanced_memory,
+    infer_auto_device_map,
+    offload_weight,
+    save_offload_index,
+    set_module_tensor_to_device,
+)
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from autoq.checkpoint import CONFIG, CheckpointReader, read_json
+from autoq.config import QuantConfig
+from autoq.errors import CheckpointError, ConfigError
+from autoq.formats import Format, LinearSpec, TensorSpec, get_format
+from autoq.nn import QuantLinear, ScaledActivation
+from autoq.nn.linear import replace_module
+from autoq.quantization.weight import QuantizedWeight
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+# Where older tools keep what config.json now holds.
+_OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
+    """The local directory of a checkpoint: the path itself, or a snapshot of the hub repository of that name.
+
+    hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds {CONFIG}")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub_options))
+    except Exception as error:  # the hub's many errors, from bad names to no network, all mean one thing here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} is neither a directory nor a hub repository that can be reached ({reason})"
+        ) from error
+
+
+def read_quant_config(directory: Path) -> QuantConfig:
+    """The quantization settings of a checkpoint directory."""
+    settings = read_json(directory / CONFIG).get("quantization_config")
+    for name in _OLD_CONFIGS:
+        if settings is None and (directory / name).is_file():
+            settings = read_json(directory / name)
+    if settings is None:
+        raise CheckpointError(
+            f"{directory / CONFIG} has no quantization_config: this checkpoint is not quantized. "
+            "Load it with AutoQForCausalLM.from_pretrained and quantize it."
+        )
+    method = settings.get("quant_method", "awq") if isinstance(settings, dict) else "awq"
+    if method not in ("awq", "autoq"):
+        raise CheckpointError(f"{directory} was quantized with {method!r}; autoq loads AWQ and its own checkpoints")
+    try:
+        config = QuantConfig.from_dict(settings)
+        get_format(config.version)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
+    return config
+
+
+def load_quantized(
+    directory: Path,
+    *,
+    device_map: DeviceMap | None,
+    torch_dtype: torch.dtype | str,
+    max_memory: Mapping[int | str, int | str] | None,
+    offload_folder: str | Path | None,
+) -> tuple[PreTrainedModel, QuantConfig]:
+    """Builds the model a checkpoint describes, with its weights packed and placed."""
+    quant_config = read_quant_config(directory)
+    config = _model_config(directory)
+    with CheckpointReader(directory) as reader:
+        model = _empty_model(config, _resolve_dtype(torch_dtype, config))
+        layout = get_format(quant_config.version)
+        specs = _insert_quantized_modules(model, reader, quant_config, layout, directory)
+        tied = _tied_names(model)
+        _check_tensors(model, reader, specs, tied)
+        placement = _Placement(model, device_map, max_memory, offload_folder)
+        for name, tensor in _tensors(model, reader, specs, layout, tied):
+            placement.put(name, tensor)
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(read_json(directory / "generation_config.json"))
+    model.eval()
+    return placement.finish(), quant_config
+
+
+def _model_config(directory: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{directory / CONFIG} describes no model transformers knows ({error})") from None
+    if hasattr(config, "quantization_config"):
+        # From here on the model is an ordinary one to transformers; its own AWQ loader must not step in.
+        del config.quantization_config
+    return config
+
+
+def _resolve_dtype(torch_dtype: torch.dtype | str, config: PretrainedConfig) -> torch.dtype:
+    if torch_dtype == "auto":
+        torch_dtype = getattr(config, "dtype", None) or torch.float16
+    if isinstance(torch_dtype, str):
+        torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
+    if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"torch_dtype is {torch_dtype!r}; it should be float32, bfloat16, float16 or 'auto'")
+    assert isinstance(torch_dtype, torch.dtype)
+    return torch_dtype
+
+
+def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers that are computed, not loaded, are real."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(f"the config describes no model that can be built ({error})") from None
+
+
+def _insert_quantized_modules(
+    model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig, layout: Format, directory: Path
+) -> dict[str, LinearSpec]:
+    """Puts (empty) quantized modules where the checkpoint has their tensors; returns the quantized linears."""
+    specs: dict[str, LinearSpec] = {}
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and f"{name}.qweight" in reader.specs:
+            size = config.group_size_for(name, linear.in_features)
+            if size is None:
+                raise CheckpointError(
+                    f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} inputs of {name}"
+                )
+            groups = linear.in_features if size == -1 else size
+            spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
+            obstacle = layout.obstacle(spec)
+            if obstacle is not None:
+                raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
+            for leaf, wanted in layout.tensors(spec).items():
+                reader.check(f"{name}.{leaf}", wanted)
+            specs[name] = spec
+            replace_module(model, name, QuantLinear.from_weight(_meta_weight(spec), linear.bias))
+        elif f"{name}.scales" in reader.specs and name and not isinstance(linear, QuantLinear):
+            shape = reader.specs[f"{name}.scales"].shape
+            replace_module(model, name, ScaledActivation(linear, shape[0] if shape else 1, model.dtype).to("meta"))
+    if not specs:
+        raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
+    return specs
+
+
+def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
+    def empty(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(spec.out_features, columns, dtype=dtype, device="meta")
+
+    zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
+    return QuantizedWeight(
+        empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits
+    )
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Parameters that are another name of a tensor the checkpoint holds once."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ())
+
+
+def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
+    packed = {f"{name}.{leaf}" for name in specs for leaf in ("codes", "scales", "zeros")}
+    for name, tensor in model.state_dict().items():
+        if name not in packed:
+            yield name, tensor
+
+
+def _check_tensors(
+    model: PreTrainedModel, reader: CheckpointReader, specs: Mapping[str, LinearSpec], tied: set[str]
+) -> None:
+    for name, tensor in _plain_tensors(model, specs):
+        if name in tied:
+            continue
+        found = reader.specs.get(name)
+        # Any floating dtype is converted on the way in; the shape and the kind have to be right.
+        convertible = found is not None and found.dtype.is_floating_point and tensor.is_floating_point()
+        dtype = found.dtype if found is not None and convertible else tensor.dtype
+        reader.check(name, TensorSpec(dtype, tuple(tensor.shape)))
+
+
+def _tensors(
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    specs: Mapping[str, LinearSpec],
+    layout: Format,
+    tied: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model, read and packed one linear at a time."""
+    for name, spec in specs.items():
+        tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
+        if not torch.isfinite(tensors["scales"]).all():
+            raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
+        packed = QuantLinear.from_weight(layout.unpack(tensors, spec))
+        for leaf, buffer in packed.named_buffers():
+            yield f"{name}.{leaf}", buffer
+    for name, tensor in _plain_tensors(model, specs):
+        if name not in tied:
+            yield name, reader.read(name).to(tensor.dtype)
+
+
+class _Placement:
+    """Where the model's tensors go, as accelerate plans it from the quantized sizes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device_map: DeviceMap | None,
+        max_memory: Mapping[int | str, int | str] | None,
+        offload_folder: str | Path | None,
+    ) -> None:
+        self._model = model
+        self.device_map = _resolve_device_map(model, device_map, max_memory)
+        self._offload_index: dict[str, Any] = {}
+        self._offload_folder: str | None = None
+        if "disk" in self.device_map.values():
+            self._offload_folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
+            Path(self._offload_folder).mkdir(parents=True, exist_ok=True)
+
+    def _device_of(self, name: str) -> str | int | torch.device:
+        while name not in self.device_map:
+            if not name:
+                raise ConfigError("the device_map leaves out some modules; give every one a device, or '' for the rest")
+            name = name.rpartition(".")[0]
+        return self.device_map[name]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        device = self._device_of(name)
+        if device == "disk":
+            self._offload_index = offload_weight(tensor, name, self._offload_folder, self._offload_index)
+        else:
+            # dispatch_model offloads to the CPU from where it finds the weights; see its state_dict argument.
+            set_module_tensor_to_device(self._model, name, device, value=tensor, dtype=tensor.dtype)
+
+    def finish(self) -> PreTrainedModel:
+        devices = set(self.device_map.values())
+        if devices == {"cpu"} or (len(devices) == 1 and "disk" not in devices):
+            return self._model
+        if self._offload_folder is not None:
+            save_offload_index(self._offload_index, self._offload_folder)
+        dispatched: PreTrainedModel = dispatch_model(
+            self._model,
+            device_map=self.device_map,
+            offload_dir=self._offload_folder,
+            offload_buffers=True,
+            skip_keys=self._model._skip_keys_device_placement,
+        )
+        return dispatched
+
+
+def _resolve_device_map(
+    model: PreTrainedModel, device_map: DeviceMap | None, max_memory: Mapping[int | str, int | str] | None
+) -> dict[str, str | int | torch.device]:
+    if device_map is None:
+        return {"": "cpu"}
+    if isinstance(device_map, Mapping):
+        return dict(device_map)
+    if not isinstance(device_map, str) or device_map not in _STRATEGIES:
+        return {"": _device(device_map)}
+    memory = dict(max_memory) if max_memory is not None else None
+    classes = list(model._no_split_modules or ())
+    if device_map != "sequential" and torch.cuda.device_count() > 1:
+        memory = get_balanced_memory(
+            model, max_memory=memory, no_split_module_classes=classes, low_zero=device_map == "balanced_low_0"
+        )
+    model.tie_weights()
+    resolved: dict[str, str | int | torch.device] = infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=classes
+    )
+    return resolved
+
+
+def _device(device: str | int | torch.device) -> str | int:
+    try:
+        return device if isinstance(device, int) else str(torch.device(device))
+    except RuntimeError:
+        raise ConfigError(
+            f"device_map is {device!r}; it should be one of {', '.join(_STRATEGIES)}, a device such as 'cpu' or "
+            "'cuda:0', or a dict from module names to devices"
+        ) from None

@@ -1,0 +1,6 @@
+"""The modules quantized models are made of."""
+
+from autoq.nn.activation import ScaledActivation
+from autoq.nn.linear import QuantLinear
+
+__all__ = ["QuantLinear", "ScaledActivation"]

@@ -1,0 +1,177 @@
+"""AWQ: activation-aware weight quantization (Lin et al., MLSys 2024, arXiv:2306.00978).
+
+A linear's error under quantization is `|Q(W s)(X / s) - W X|^2 = tr(D H D^T)` with `D = Q(W s) / s - W` and the Gram
+matrix `H = X X^T` of its inputs. Everything here is algebra on `H`: the paper's search for the scale `s` per input
+channel, and its search for the range to clip weights to. This file knows tensors and how to round them, through the
+`fake_quantize` function it is given; it knows no model, no format and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from autoq.nn.activation import ScaledActivation
+
+FakeQuantize = Callable[[Tensor], Tensor]
+
+# The paper's grids: 20 ratios between weight and activation magnitude, and 10 ranges down to half of the largest weight.
+SCALE_GRID = tuple(i / 20 for i in range(20))
+CLIP_GRID = tuple(1 - i / 20 for i in range(10))
+
+# A channel's magnitude counts as at least this share of the largest: a channel that was never active in calibration
+# would otherwise get a scale that overflows the previous operation's weight and ruins the channel once it is used.
+_SMALLEST_MAGNITUDE = 1e-4
+
+# Rows are searched in chunks of about this many weights: the intermediate tensors stay in the cache, and small.
+_CHUNK = 1 << 22
+
+
+def output_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """`tr(D H D^T)`: the squared error of `D X` summed over tokens and outputs.
+
+    difference: `[out, in]`; gram: `[in, in]`. Returns a scalar.
+    """
+    return torch.linalg.vecdot(difference @ gram, difference).sum()
+
+
+def _row_chunks(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(max(1, _CHUNK // weight.shape[1]))
+
+
+def weight_magnitude(weight: Tensor, group_size: int) -> Tensor:
+    """Mean over rows of each channel's weights relative to the largest weight of their group, `[in]`."""
+    groups = weight.abs().reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
+    relative = groups / groups.amax(dim=2, keepdim=True).clamp_(min=torch.finfo(groups.dtype).tiny)
+    return relative.mean(dim=0).reshape(-1)
+
+
+def candidate_scales(
+    activation: Tensor, weight: Tensor | None, grid: Sequence[float], tie: Tensor | None = None
+) -> list[Tensor]:
+    """The scales `activation^ratio / weight^(1 - ratio)` for each ratio of the grid, and no scale at all.
+
+    activation: magnitude of each input channel, `[in]`, not negative.
+    weight: magnitude of each channel's weights, `[in]`, or None to leave the weights out of it.
+    tie: int64 `[in]`; channels with the same number share one scale (their geometric mean).
+    """
+
+    def log_magnitude(magnitude: Tensor) -> Tensor:
+        largest = magnitude.max().clamp(min=torch.finfo(magnitude.dtype).tiny)
+        return (magnitude / largest).clamp(min=_SMALLEST_MAGNITUDE).log()
+
+    log_activation = log_magnitude(activation)
+    log_weight = torch.zeros_like(log_activation) if weight is None else log_magnitude(weight)
+    candidates = [torch.ones_like(log_activation)]
+    for ratio in grid:
+        log_scale = ratio * log_activation - (1 - ratio) * log_weight
+        if tie is not None:
+            sums = torch.zeros(int(tie.max()) + 1, dtype=log_scale.dtype, device=log_scale.device)
+            sums = sums.scatter_reduce(0, tie, log_scale, "mean", include_self=False)
+            log_scale = sums[tie]
+        # Only ratios between channels matter; centred, neither the weights nor the previous operation overflow.
+        candidates.append((log_scale - (log_scale.max() + log_scale.min()) / 2).exp())
+    return candidates
+
+
+def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, candidates: Sequence[Tensor]) -> Tensor:
+    """The candidate `s` with the smallest error `|Q(W s)(X / s) - W X|^2`; the first one wins a tie.
+
+    weight: the weights that read the activation, one above the other, fp32 or fp64 `[out, in]`.
+    gram: `X X^T`, `[in, in]`, in the weight's dtype.
+    fake_quantize: rounds a weight `[rows, in]` to the quantized grid and back.
+    candidates: scales `[in]`, positive.
+    """
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for rows in _row_chunks(weight):
+        for index, scale in enumerate(candidates):
+            errors[index] += output_error(fake_quantize(rows * scale) / scale - rows, gram).item()
+    return candidates[int(errors.argmin())]
+
+
+def fold_scale(
+    prev: nn.Module, linears: Sequence[nn.Linear], scale: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """Multiplies the linears' input channels by `scale` and makes the previous operation divide by it.
+
+    prev: a norm, a linear or a ScaledActivation.
+    scale: `[channels]`, positive.
+    rows: the output row of a previous linear behind each channel, int64 `[channels]`; None: one to one.
+    Returns the scale the linears were multiplied by. It differs from `scale` by the rounding of a norm's weight to
+    its dtype, which the linears make up for.
+    """
+    with torch.no_grad():
+        if isinstance(prev, nn.Linear):
+            row_scale = scale_by_row(prev.out_features, scale, rows)
+            prev.weight.div_(row_scale.to(prev.weight.dtype).unsqueeze(1))
+            if prev.bias is not None:
+                prev.bias.div_(row_scale.to(prev.bias.dtype))
+        elif isinstance(prev, ScaledActivation):
+            before = prev.scales.to(scale.dtype, copy=True)
+            prev.scales.copy_(before * scale)
+            scale = prev.scales.to(scale.dtype) / before
+        else:
+            scale = _divide_norm(prev, scale)
+        for linear in linears:
+            linear.weight.mul_(scale.to(linear.weight.dtype))
+    return scale
+
+
+def scale_by_row(out_features: int, scale: Tensor, rows: Tensor | None) -> Tensor:
+    """What each output row of a previous linear is divided by, `[out]`: one for rows that no channel depends on."""
+    if rows is None:
+        return scale
+    return torch.ones(out_features, dtype=scale.dtype, device=scale.device).scatter_(0, rows, scale)
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor) -> Tensor:
+    """Divides a norm's weight and bias by the scale; returns what the stored weight was really divided by."""
+    weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+    if bias is not None:
+        bias.div_(scale.to(bias.dtype))
+    before = weight.to(scale.dtype, copy=True)
+    weight.copy_(before / scale)
+    after = weight.to(scale.dtype)
+    return torch.where((before != 0) & (after != 0), before / after, scale)
+
+
+def search_clip(
+    weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, group_size: int, grid: Sequence[float] = CLIP_GRID
+) -> Tensor:
+    """The range `[-m, m]` each group is best clipped to before rounding, by the error of the group's own output.
+
+    weight: fp32 or fp64 `[out, in]`; gram: `[in, in]` of the inputs of this very weight (after scaling).
+    fake_quantize: rounds a weight `[rows, group]` whose rows are one group each.
+    grid: the shares of the largest weight to try, descending from 1.
+    Returns `m` as `[out, groups, 1]`.
+    """
+    size = weight.shape[1] if group_size == -1 else group_size
+    count = weight.shape[1] // size
+    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return torch.cat([_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid)
+                      for rows in _row_chunks(weight)])
+
+
+def _search_clip_rows(groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize, grid: Sequence[float]) -> Tensor:
+    """groups: `[rows, groups, size]`; gram: `[groups, size, size]`."""
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    best_range = largest.clone()
+    best_error = torch.full_like(largest, torch.inf)
+    for share in grid:
+        limit = largest * share
+        clipped = groups.clamp(-limit, limit)
+        difference = fake_quantize(clipped.reshape(-1, groups.shape[2])).reshape(groups.shape) - groups
+        product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
+        error = torch.linalg.vecdot(product, difference).unsqueeze(2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_range = torch.where(better, limit, best_range)
+    return best_range
+
+
+def clip(weight: Tensor, ranges: Tensor) -> Tensor:
+    """The weight `[out, in]` clamped to `[-m, m]` of each of its groups, `m` as from `search_clip`."""
+    groups = weight.reshape(*ranges.shape[:2], -1)
+    return groups.clamp(-ranges, ranges).reshape(weight.shape)

@@ -1,0 +1,352 @@
+"""Quantizes a model block by block: observe the inputs, search, fold, round, replace, free."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autoq.architectures import Architecture, ScaleGroup, architecture_of
+from autoq.architectures.base import named_linears
+from autoq.config import QuantConfig
+from autoq.errors import QuantizationError
+from autoq.formats import LinearSpec, get_format
+from autoq.nn import QuantLinear, ScaledActivation
+from autoq.nn.linear import replace_module
+from autoq.quantization import awq
+from autoq.quantization.calibration import CalibrationSet
+from autoq.quantization.report import LinearReport, QuantizationReport
+from autoq.quantization.statistics import InputStatistics
+from autoq.quantization.weight import dequantize, fake_quantize, quantize
+
+# Samples of one length go through a block together, up to this many tokens.
+_BATCH_TOKENS = 4096
+
+
+def quantize_model(
+    model: PreTrainedModel, config: QuantConfig, calibration: CalibrationSet, progress: bool = True
+) -> tuple[QuantConfig, QuantizationReport]:
+    """Quantizes every linear of the decoder blocks, in place.
+
+    model: a transformers causal LM in evaluation mode with its weights in memory.
+    calibration: the token samples whose activations guide the search.
+    Returns the config with what the run settled (linears left alone, other group sizes), and the report.
+
+    Raises ArchitectureError for an unknown family or block, QuantizationError when a weight or an activation is not
+    finite (the layer is named) or nothing can be quantized. On an error, blocks done before it stay quantized.
+    """
+    start = time.perf_counter()
+    plan = _Plan.of(model, config)
+    blocks = plan.architecture.decoder_blocks(model)
+    report = QuantizationReport(calibration.describe(), calibration.tokens)
+    with torch.no_grad():
+        activations = _block_inputs(model, blocks, calibration.samples)
+        for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
+            prefix = f"{plan.architecture.blocks}.{index}"
+            statistics = _observe(block, prefix, activations, plan)
+            report.linears += _quantize_block(block, prefix, statistics, plan)
+    _warn_if_undercalibrated(report, plan.in_features)
+    report.seconds = time.perf_counter() - start
+    left_alone = tuple(dict.fromkeys([*config.modules_to_not_convert, *plan.left_alone]))
+    return replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes), report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of every linear, settled before any work is done.
+
+    group_sizes: of the linears to quantize, by full name; left_alone: why each other linear stays as it is.
+    in_features: of every linear of the blocks.
+    """
+
+    architecture: Architecture
+    model_config: PretrainedConfig
+    config: QuantConfig
+    group_sizes: dict[str, int]
+    left_alone: dict[str, str]
+    in_features: dict[str, int]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: QuantConfig) -> _Plan:
+        architecture = architecture_of(model.config)
+        plan = cls(architecture, model.config, config, {}, {}, {})
+        for index, block in enumerate(architecture.decoder_blocks(model)):
+            prefix = f"{architecture.blocks}.{index}"
+            architecture.check_block(block, prefix)
+            _check_in_memory(block, prefix)
+            for leaf, linear in named_linears(block):
+                plan._settle(f"{prefix}.{leaf}", linear)
+        if not plan.group_sizes:
+            name, reason = next(iter(plan.left_alone.items()), ("the list of blocks", "it is empty"))
+            raise QuantizationError(f"nothing to quantize: every linear is left as it is ({name}: {reason})")
+        return plan
+
+    def _settle(self, name: str, linear: nn.Linear) -> None:
+        self.in_features[name] = linear.in_features
+        config = self.config
+        size = config.group_size_for(name, linear.in_features)
+        if not config.converts(name):
+            self.left_alone[name] = "listed in modules_to_not_convert"
+        elif size is None:
+            smaller = "nor a smaller one " if config.indivisible == "smaller" else ""
+            self.left_alone[name] = f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
+        else:
+            groups = linear.in_features if size == -1 else size
+            spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
+            obstacle = get_format(config.version).obstacle(spec)
+            if obstacle is None:
+                self.group_sizes[name] = size
+            else:
+                self.left_alone[name] = obstacle
+
+    @property
+    def other_group_sizes(self) -> dict[str, int]:
+        """The linears that got another group size than the config's."""
+        return {name: size for name, size in self.group_sizes.items() if size != self.config.group_size}
+
+    def fake_quantize(self, group_size: int) -> awq.FakeQuantize:
+        """The rounding this run is for, at one group size."""
+        config = self.config
+        return partial(fake_quantize, bits=config.bits, group_size=group_size, zero_point=config.zero_point)
+
+
+def _check_in_memory(block: nn.Module, prefix: str) -> None:
+    for name, parameter in block.named_parameters():
+        if parameter.is_meta:
+            raise QuantizationError(
+                f"the weight {prefix}.{name} is not in memory (it is offloaded); "
+                "load the model without offloading before quantizing it"
+            )
+
+
+class _FirstBlockReached(Exception):
+    """Ends a forward pass that was started only for what reaches the first block."""
+
+
+@dataclass
+class _Activations:
+    """What flows between blocks: hidden states by batch `[samples, tokens, hidden]`, and the keyword arguments every
+    block gets with them."""
+
+    hidden_states: list[Tensor]
+    keywords: list[dict[str, Any]]
+
+
+def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Stacks samples of one length, `[samples, tokens]`: no padding, so every token counts and none is invented."""
+    by_length: dict[int, list[Tensor]] = {}
+    for sample in samples:
+        by_length.setdefault(len(sample), []).append(sample)
+    for length, same in by_length.items():
+        count = max(1, _BATCH_TOKENS // length)
+        for first in range(0, len(same), count):
+            yield torch.stack(same[first : first + count])
+
+
+def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor]) -> _Activations:
+    """Runs the model up to its first block."""
+    found = _Activations([], [])
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.hidden_states.append(args[0] if args else kwargs.pop("hidden_states"))
+        found.keywords.append(kwargs)
+        raise _FirstBlockReached
+
+    device = model.get_input_embeddings().weight.device
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in _batches(samples):
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _FirstBlockReached:
+                pass
+    finally:
+        handle.remove()
+    return found
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Moves the tensors of a keyword argument (some families pass tuples of them)."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to_device(entry, device) for entry in value)
+    return value
+
+
+@contextmanager
+def _input_hooks(
+    block: nn.Module, leaders: Iterable[str], statistics: dict[str, InputStatistics]
+) -> Iterator[None]:
+    """While open, adds the inputs of the linears named in `leaders` to their statistics."""
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            entry = statistics.get(name)
+            if entry is None:
+                entry = statistics[name] = InputStatistics(args[0].shape[-1], args[0].device)
+            entry.add(args[0])
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(observe(name)) for name in leaders]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observe(
+    block: nn.Module, prefix: str, activations: _Activations, plan: _Plan
+) -> dict[str, InputStatistics]:
+    """Sends the activations through the block, in place; returns the statistics of every linear's inputs.
+
+    Linears of one scale group read the same activation, so one of them is observed for all.
+    """
+    leader_of = {leaf: leaf for leaf, _ in named_linears(block)}
+    for group in plan.architecture.groups(plan.model_config, scale_activations=True):
+        leader_of.update(dict.fromkeys(group.linears, group.linears[0]))
+    statistics: dict[str, InputStatistics] = {}
+    device = next(block.parameters()).device
+    with _input_hooks(block, set(leader_of.values()), statistics):
+        for index, hidden in enumerate(activations.hidden_states):
+            keywords = {key: _to_device(value, device) for key, value in activations.keywords[index].items()}
+            output = block(hidden.to(device), **keywords)
+            activations.hidden_states[index] = output[0] if isinstance(output, tuple) else output
+    for name, entry in statistics.items():
+        if not entry.finish().is_finite():
+            raise QuantizationError(
+                f"the inputs of {prefix}.{name} hold NaN or infinity during calibration; load the model in bfloat16 "
+                "or float32 (torch_dtype=...), or check its weights"
+            )
+    missing = next((leaf for leaf, leader in leader_of.items() if leader not in statistics), None)
+    if missing is not None:
+        raise QuantizationError(f"no calibration token reached {prefix}.{missing}; it cannot be quantized")
+    return {leaf: statistics[leader] for leaf, leader in leader_of.items()}
+
+
+def _quantize_block(
+    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan
+) -> list[LinearReport]:
+    """Searches, folds and rounds one block; its quantized linears become QuantLinear."""
+    work = {leaf: _LinearWork(linear, f"{prefix}.{leaf}") for leaf, linear in named_linears(block)}
+    for group in plan.architecture.groups(plan.model_config, plan.config.scale_activations):
+        _scale_group(block, prefix, group, statistics[group.linears[0]], work, plan)
+    reports = []
+    for leaf, item in work.items():
+        if item.name in plan.group_sizes:
+            module, report = _quantize_linear(leaf, item, statistics[leaf], plan)
+            replace_module(block, leaf, module)
+        else:
+            item.restore()
+            report = LinearReport(item.name, None, None, None, None, 0, plan.left_alone[item.name])
+        reports.append(report)
+    return reports
+
+
+class _LinearWork:
+    """A linear while its block is worked on: in fp32 whatever the model's dtype, and what was folded into it."""
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        if not torch.isfinite(linear.weight).all():
+            raise QuantizationError(f"the weight of {name} holds NaN or infinity; check the checkpoint it came from")
+        self.linear = linear
+        self.name = name
+        self.dtype = linear.weight.dtype
+        self.original = linear.weight.detach().float()
+        self.column_scale = torch.ones(linear.in_features, device=linear.weight.device)
+        self.row_scale = torch.ones(linear.out_features, device=linear.weight.device)
+        self._cast(torch.float32)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # A copy: the original stays for the report.
+        self.linear.weight = nn.Parameter(self.linear.weight.detach().to(dtype, copy=True), requires_grad=False)
+        if self.linear.bias is not None:
+            self.linear.bias = nn.Parameter(self.linear.bias.detach().to(dtype), requires_grad=False)
+
+    def restore(self) -> None:
+        """Back to the model's dtype, for a linear that is not quantized."""
+        self._cast(self.dtype)
+
+
+def _scale_group(
+    block: nn.Module,
+    prefix: str,
+    group: ScaleGroup,
+    inputs: InputStatistics,
+    work: dict[str, _LinearWork],
+    plan: _Plan,
+) -> None:
+    """Searches one group's scale and folds it. If only some of its linears are quantized, those decide it."""
+    searched = [leaf for leaf in group.linears if work[leaf].name in plan.group_sizes]
+    if not searched:
+        return
+    if group.activation:
+        act = ScaledActivation(block.get_submodule(group.prev), inputs.gram.shape[0], work[searched[0]].dtype)
+        replace_module(block, group.prev, act.to(inputs.gram.device))
+    prev = block.get_submodule(group.prev)
+    weight = torch.cat([work[leaf].linear.weight for leaf in searched])
+    group_size = plan.group_sizes[work[searched[0]].name]
+    rows = None if group.rows is None else group.rows(plan.model_config).to(weight.device)
+    magnitude = awq.weight_magnitude(weight, group_size) if plan.config.duo_scaling else None
+    candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
+    scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(group_size), candidates)
+    scale = awq.fold_scale(prev, [work[leaf].linear for leaf in group.linears], scale, rows)
+    for leaf in group.linears:
+        work[leaf].column_scale = scale
+    if isinstance(prev, nn.Linear):
+        work[group.prev].row_scale = awq.scale_by_row(prev.out_features, scale, rows)
+
+
+def _quantize_linear(
+    leaf: str, item: _LinearWork, inputs: InputStatistics, plan: _Plan
+) -> tuple[QuantLinear, LinearReport]:
+    """Clips and rounds one linear whose scales are folded."""
+    config = plan.config
+    group_size = plan.group_sizes[item.name]
+    weight = item.linear.weight.detach()
+    if config.apply_clip and leaf.rpartition(".")[2] not in plan.architecture.unclipped:
+        gram = inputs.gram / torch.outer(item.column_scale, item.column_scale)
+        ranges = awq.search_clip(weight, gram, plan.fake_quantize(-1), group_size)
+        weight = awq.clip(weight, ranges)
+    try:
+        quantized = quantize(weight, config.bits, group_size, config.zero_point)
+    except QuantizationError as error:
+        raise QuantizationError(f"{item.name}: {error}") from None
+    bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
+    searched = dequantize(quantized) / item.column_scale * item.row_scale.unsqueeze(1)
+    nearest = plan.fake_quantize(group_size)(item.original)
+    energy = awq.output_error(item.original, inputs.gram).clamp(min=torch.finfo(torch.float32).tiny)
+    report = LinearReport(
+        name=item.name,
+        bits=config.bits,
+        group_size=group_size,
+        error_before=float(awq.output_error(nearest - item.original, inputs.gram) / energy),
+        error_after=float(awq.output_error(searched - item.original, inputs.gram) / energy),
+        tokens=inputs.tokens,
+        note="" if group_size == config.group_size else f"group size {config.group_size} does not divide its inputs",
+    )
+    return QuantLinear.from_weight(quantized, bias), report
+
+
+def _warn_if_undercalibrated(report: QuantizationReport, widths: dict[str, int]) -> None:
+    """Fewer tokens than input channels leave directions of the input unseen: the search would trust noise."""
+    starved = [entry for entry in report.quantized if entry.tokens < widths[entry.name]]
+    if starved:
+        worst = max(starved, key=lambda entry: widths[entry.name] / max(entry.tokens, 1))
+        warnings.warn(
+            f"too little calibration data: {len(starved)} of {len(report.quantized)} linears saw fewer tokens than they "
+            f"have input channels ({worst.name}: {worst.tokens} tokens, {widths[worst.name]} channels); the scales are "
+            "unreliable. Give more or longer samples (calib_data, max_calib_samples, max_calib_seq_len).",
+            stacklevel=4,
+        )

@@ -1,0 +1,48 @@
+"""What calibration remembers of a linear's inputs: their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# From this width on the Gram matrix is summed in panels, leaving out the blocks that symmetry gives.
+_PANEL = 1024
+
+
+class InputStatistics:
+    """The inputs `X` of one or several linears, as sums over tokens that can be added up in any order.
+
+    gram: `X X^T`, fp32 `[channels, channels]`; complete once `finish()` was called.
+    absolute: sum of `|x|` per channel, fp32 `[channels]`.
+    tokens: number of rows seen.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(channels, channels, device=device)
+        self.absolute = torch.zeros(channels, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: `[..., channels]`, any floating dtype; summed in fp32."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(device=self.gram.device, dtype=torch.float32)
+        self.tokens += rows.shape[0]
+        self.absolute += rows.abs().sum(dim=0)
+        for start in range(0, rows.shape[1], _PANEL):
+            # Only the blocks on and above the diagonal.
+            panel = rows[:, start : start + _PANEL]
+            self.gram[start : start + _PANEL, start:].addmm_(panel.T, rows[:, start:])
+
+    def finish(self) -> InputStatistics:
+        """Fills in the blocks below the diagonal."""
+        for start in range(_PANEL, self.gram.shape[0], _PANEL):
+            self.gram[start : start + _PANEL, :start] = self.gram[:start, start : start + _PANEL].T
+        return self
+
+    def is_finite(self) -> bool:
+        """Whether no input was NaN or infinite (nor too large to be squared in fp32)."""
+        return bool(torch.isfinite(self.gram.diagonal()).all())
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        """Mean of `|x|` per channel, `[channels]`: the activation magnitude of the AWQ paper."""
+        return self.absolute / max(self.tokens, 1)

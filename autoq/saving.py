@@ -1,0 +1,120 @@
+"""Writes a quantized model as a checkpoint that AWQ engines read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from autoq._version import __version__
+from autoq.checkpoint import CONFIG, write_checkpoint
+from autoq.config import QuantConfig
+from autoq.errors import CheckpointError, ConfigError
+from autoq.formats import get_format
+from autoq.nn import QuantLinear
+from autoq.quantization.report import QuantizationReport
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+_MODEL_CARD = """---
+library_name: autoq
+tags:
+- awq
+---
+
+Quantized to {bits} bits with AWQ (group size {group_size}, {ranges}), in the `{version}` format.
+{notes}
+```python
+from autoq import AutoQForCausalLM
+
+model = AutoQForCausalLM.from_quantized("path/to/this/directory")
+```
+"""
+
+
+def save_model(
+    model: PreTrainedModel,
+    config: QuantConfig,
+    directory: Path,
+    shard_size: int | str = "5GB",
+    report: QuantizationReport | None = None,
+) -> None:
+    """Writes safetensors, config.json, generation_config.json, a model card and the report; all of it or nothing.
+
+    shard_size: the most bytes a shard holds, as a number or with a unit ("5GB", "500MiB").
+    Raises CheckpointError if the weights are not in memory or the directory cannot be used.
+    """
+    documents = {CONFIG: _to_json(_config_dict(model.config, config))}
+    if model.can_generate():
+        documents["generation_config.json"] = model.generation_config.to_json_string()
+    if report is not None:
+        documents["quantization_report.json"] = _to_json(report.to_dict())
+    if not (directory / "README.md").exists():
+        documents["README.md"] = _model_card(config)
+    write_checkpoint(directory, _tensors(model, config), documents, _bytes(shard_size))
+
+
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, packed one linear at a time."""
+    layout = get_format(config.version)
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    packed = {f"{name}.{leaf}" for name in quantized for leaf in ("codes", "scales", "zeros")}
+    saved: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is not in memory (it is offloaded); load the model without offloading to save it")
+        owner = name.rpartition(".")[0]
+        if name == f"{owner}.codes" and owner in quantized:
+            for leaf, part in layout.pack(quantized[owner].quantized_weight()).items():
+                yield f"{owner}.{leaf}", part
+        # A tied tensor is saved once, under its first name; loading ties it again.
+        elif name not in packed and saved.setdefault(id(tensor), name) == name:
+            yield name, tensor
+
+
+def _config_dict(config: PretrainedConfig, quant_config: QuantConfig) -> dict[str, Any]:
+    """config.json: everything spelled out, since defaults differ between the versions that read it."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values["quantization_config"] = {**quant_config.to_dict(), "autoq_version": __version__}
+    # What transformers 4 and the engines built on it call the same things.
+    if "dtype" in values:
+        values.setdefault("torch_dtype", values["dtype"])
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        values.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            values.setdefault("rope_scaling", scaling)
+    return values
+
+
+def _model_card(config: QuantConfig) -> str:
+    notes = ""
+    if config.scale_activations:
+        notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
+    if config.module_group_sizes:
+        notes += "\nSome linears have a smaller group size (see config.json); engines with one group size cannot load it.\n"
+    if config.version != "gemm":
+        notes += "\nThis format is autoq's own; other engines cannot load it.\n"
+    ranges = "zero points" if config.zero_point else "symmetric"
+    return _MODEL_CARD.format(
+        bits=config.bits, group_size=config.group_size, ranges=ranges, version=config.version, notes=notes
+    )
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"shard_size is {size!r}; it should be a number of bytes or a string such as '5GB'")
+    return int(float(match[1]) * _UNITS[match[2]])
