@@ -38,6 +38,7 @@ class AutoQForCausalLM(nn.Module):
     def __init__(self, model: PreTrainedModel, quant_config: QuantConfig | None = None) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
         self.quant_config = quant_config
         self.report: QuantizationReport | None = None
 
@@ -156,6 +157,7 @@ class AutoQForCausalLM(nn.Module):
             split=split,
             text_column=text_column,
             seed=seed,
+            vocab_size=self.model.get_input_embeddings().num_embeddings,
         )
         if progress:
             print(calibration.describe())

@@ -53,6 +53,8 @@ class QuantConfig:
     module_group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.version, str):
+            raise ConfigError(f'version is {self.version!r}; it should be the name of a format, such as "gemm"')
         if not self.version:
             object.__setattr__(self, "version", "gemm" if self.bits == 4 else "dense")
         _one_of("bits", self.bits, SUPPORTED_BITS)

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from autoq.architectures import architecture_of, known_model_types
 from autoq.checkpoint import CONFIG, CheckpointReader, read_json
 from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
@@ -89,13 +90,18 @@ def load_quantized(
     with CheckpointReader(directory) as reader:
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
         layout = get_format(quant_config.version)
-        specs = _insert_quantized_modules(model, reader, quant_config, layout, directory)
+        specs = _insert_quantized_linears(model, reader, quant_config, layout)
+        _insert_scaled_activations(model, reader)
         tied = _tied_names(model)
         _check_tensors(model, reader, specs, tied)
         placement = _Placement(model, device_map, max_memory, offload_folder)
         for name, tensor in _tensors(model, reader, specs, layout, tied):
             placement.put(name, tensor)
-    model.tie_weights()
+        model.tie_weights()
+        for name, source in tied.items():
+            if "disk" in (placement.device_of(name), placement.device_of(source)):
+                # Only tensors in memory can be one; where accelerate fetches them, each needs its own.
+                placement.put(name, reader.read(source).to(model.dtype))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(directory / "generation_config.json"))
     model.eval()
@@ -133,10 +139,11 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         raise CheckpointError(f"the config describes no model that can be built ({error})") from None
 
 
-def _insert_quantized_modules(
-    model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig, layout: Format, directory: Path
+def _insert_quantized_linears(
+    model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig, layout: Format
 ) -> dict[str, LinearSpec]:
-    """Puts (empty) quantized modules where the checkpoint has their tensors; returns the quantized linears."""
+    """Puts empty quantized linears where the checkpoint has their codes; returns what they should look like."""
+    directory = reader.directory
     specs: dict[str, LinearSpec] = {}
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and f"{name}.qweight" in reader.specs:
@@ -154,12 +161,23 @@ def _insert_quantized_modules(
                 reader.check(f"{name}.{leaf}", wanted)
             specs[name] = spec
             replace_module(model, name, QuantLinear.from_weight(_meta_weight(spec), linear.bias))
-        elif f"{name}.scales" in reader.specs and name and not isinstance(linear, QuantLinear):
-            shape = reader.specs[f"{name}.scales"].shape
-            replace_module(model, name, ScaledActivation(linear, shape[0] if shape else 1, model.dtype).to("meta"))
     if not specs:
         raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
     return specs
+
+
+def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader) -> None:
+    """Replaces the activations the checkpoint has scales for."""
+    if model.config.model_type not in known_model_types():
+        return
+    architecture = architecture_of(model.config)
+    for index, block in enumerate(architecture.decoder_blocks(model)):
+        for group in architecture.scale_groups:
+            name = f"{architecture.blocks}.{index}.{group.prev}.scales"
+            if group.activation and name in reader.specs:
+                channels = block.get_submodule(group.linears[0]).in_features
+                act = ScaledActivation(block.get_submodule(group.prev), channels, model.dtype)
+                replace_module(block, group.prev, act.to("meta"))
 
 
 def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
@@ -172,11 +190,11 @@ def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
     )
 
 
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Parameters that are another name of a tensor the checkpoint holds once."""
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another name of a tensor the checkpoint holds once, with the name it has there."""
     if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    return set(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ())
+        return {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
 
 
 def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, Tensor]]:
@@ -188,7 +206,7 @@ def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> I
 
 
 def _check_tensors(
-    model: PreTrainedModel, reader: CheckpointReader, specs: Mapping[str, LinearSpec], tied: set[str]
+    model: PreTrainedModel, reader: CheckpointReader, specs: Mapping[str, LinearSpec], tied: Mapping[str, str]
 ) -> None:
     for name, tensor in _plain_tensors(model, specs):
         if name in tied:
@@ -205,7 +223,7 @@ def _tensors(
     reader: CheckpointReader,
     specs: Mapping[str, LinearSpec],
     layout: Format,
-    tied: set[str],
+    tied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
     for name, spec in specs.items():
@@ -238,7 +256,8 @@ class _Placement:
             self._offload_folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
             Path(self._offload_folder).mkdir(parents=True, exist_ok=True)
 
-    def _device_of(self, name: str) -> str | int | torch.device:
+    def device_of(self, name: str) -> str | int | torch.device:
+        """The device of a tensor: that of the nearest module the map names."""
         while name not in self.device_map:
             if not name:
                 raise ConfigError("the device_map leaves out some modules; give every one a device, or '' for the rest")
@@ -246,7 +265,7 @@ class _Placement:
         return self.device_map[name]
 
     def put(self, name: str, tensor: Tensor) -> None:
-        device = self._device_of(name)
+        device = self.device_of(name)
         if device == "disk":
             self._offload_index = offload_weight(tensor, name, self._offload_folder, self._offload_index)
         else:
@@ -275,7 +294,7 @@ def _resolve_device_map(
     if device_map is None:
         return {"": "cpu"}
     if isinstance(device_map, Mapping):
-        return dict(device_map)
+        return _disjoint("", model, dict(device_map))
     if not isinstance(device_map, str) or device_map not in _STRATEGIES:
         return {"": _device(device_map)}
     memory = dict(max_memory) if max_memory is not None else None
@@ -289,6 +308,23 @@ def _resolve_device_map(
         model, max_memory=memory, no_split_module_classes=classes
     )
     return resolved
+
+
+def _disjoint(
+    name: str, module: nn.Module, device_map: dict[str, str | int | torch.device]
+) -> dict[str, str | int | torch.device]:
+    """A device map in which no entry lies within another: accelerate takes {"": "cpu", "a.b": "disk"} for a conflict."""
+    within = {key: device for key, device in device_map.items() if not name or key.startswith(f"{name}.")}
+    within.pop(name, None)
+    if not within:
+        return {name: device_map[name]} if name in device_map else {}
+    parts = [*module.named_children(), *((leaf, module) for leaf, _ in module.named_parameters(recurse=False))]
+    result: dict[str, str | int | torch.device] = {}
+    for leaf, part in parts:
+        full = f"{name}.{leaf}" if name else leaf
+        inherited = {full: device_map[name]} if name in device_map else {}
+        result.update(_disjoint(full, part, {**inherited, **within}))
+    return result
 
 
 def _device(device: str | int | torch.device) -> str | int:

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, divergence from the full-precision model, and speed."""

@@ -1,0 +1,260 @@
+"""The package as its user meets it: load, quantize, save, load, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from autoq import AutoQForCausalLM
+from autoq.errors import ArchitectureError, AutoQError, ConfigError
+from autoq.loading import load_quantized
+from autoq.nn import QuantLinear
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+)
+
+from families import FAMILIES, Variant
+from test_pipeline import quantized, samples, variant
+
+pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
+each_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("auto") / "llama"
+    quantized(variant("llama-gqa")).save_quantized(directory)
+    return directory
+
+
+def _prompt(length: int = 8) -> Tensor:
+    return samples(1, length, seed=3)[0][None]
+
+
+def _generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    output: Tensor = model.generate(ids, **options)
+    return output
+
+
+@each_family
+def test_the_readme_in_one_go(case: Variant, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    case.model().save_pretrained(tmp_path / "full")
+    tiny_tokenizer.save_pretrained(tmp_path / "full")
+
+    model = AutoQForCausalLM.from_pretrained(tmp_path / "full")
+    texts = ["Once upon a time there was a tokenizer that had no merges. " * 3] * 20
+    report = model.quantize(
+        tiny_tokenizer,
+        quant_config={"bits": 4, "group_size": 32, "zero_point": True},
+        calib_data=texts,
+        max_calib_samples=16,
+        max_calib_seq_len=64,
+    )
+    assert report.tokens == 16 * 64
+    model.save_quantized(tmp_path / "out")
+    tiny_tokenizer.save_pretrained(tmp_path / "out")
+
+    loaded = AutoQForCausalLM.from_quantized(tmp_path / "out", device_map="auto")
+    inputs = tiny_tokenizer("Once upon a time", return_tensors="pt").to(loaded.device)
+    output = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    assert output.shape[1] > inputs.input_ids.shape[1]
+    assert torch.equal(output, model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=2))
+
+
+@each_family
+def test_left_padded_batches_give_the_tokens_of_single_prompts(case: Variant) -> None:
+    model = quantized(case)
+    prompts = [_prompt(length)[0] for length in (3, 9, 6, 1)]
+    width = max(len(prompt) for prompt in prompts)
+    batch = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([(torch.arange(width) >= width - len(prompt)).long() for prompt in prompts])
+    together = _generate(model, batch, attention_mask=mask)[:, width:]
+    for index, prompt in enumerate(prompts):
+        alone = _generate(model, prompt[None], attention_mask=torch.ones(1, len(prompt)))[0, len(prompt) :]
+        assert torch.equal(together[index], alone), index
+
+
+def test_generation_is_that_of_transformers(llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, capsys: Any) -> None:
+    model = AutoQForCausalLM.from_quantized(llama, device_map="cpu")
+    ids = _prompt()
+    greedy = _generate(model, ids)
+    assert torch.equal(_generate(model, ids, use_cache=False), greedy)
+    assert torch.equal(_generate(model, ids, cache_implementation="static"), greedy)
+    assert torch.equal(_generate(model, ids, assistant_model=quantized(variant("llama-gqa"), bits=3)), greedy)
+    assert _generate(model, ids, num_beams=3, num_return_sequences=2).shape[0] == 2
+    torch.manual_seed(0)
+    sampled = _generate(model, ids, do_sample=True, temperature=0.7, top_k=20, top_p=0.9)
+    torch.manual_seed(0)
+    assert torch.equal(_generate(model, ids, do_sample=True, temperature=0.7, top_k=20, top_p=0.9), sampled)
+    _generate(model, ids, streamer=TextStreamer(tiny_tokenizer))
+    assert capsys.readouterr().out.strip()
+    processed = _generate(model, ids, logits_processor=LogitsProcessorList([lambda _ids, scores: -scores]))
+    assert not torch.equal(processed, greedy)
+    # The cache of one turn serves the next.
+    first = model.generate(
+        ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True
+    )
+    turn = torch.cat([first.sequences, _prompt(3)], dim=1)
+    assert torch.equal(_generate(model, turn, past_key_values=first.past_key_values), _generate(model, turn))
+
+
+def test_the_wrapper_passes_on_what_is_the_models(llama: Path) -> None:
+    model = AutoQForCausalLM.from_quantized(llama, device_map="cpu")
+    assert model.config is model.model.config
+    assert model.device == torch.device("cpu")
+    assert model.get_input_embeddings() is model.model.get_input_embeddings()
+    assert model(input_ids=_prompt()).logits.shape == (1, 8, model.config.vocab_size)
+    assert not model.training
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.no_such_thing
+
+
+def test_adapters_around_a_quantized_linear_train() -> None:
+    model = quantized(variant("llama-gqa"))
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.requires_grad_(True)
+    ids = _prompt()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradient = embeddings.weight.grad
+    assert gradient is not None
+    # The dequantized model has the same gradient.
+    plain = quantized(variant("llama-gqa")).model
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight.data = module.weight.float()
+            plain.get_submodule(name.rpartition(".")[0]).__setattr__(name.rpartition(".")[2], linear)
+    plain.get_input_embeddings().weight.requires_grad_(True)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    expected = plain.get_input_embeddings().weight.grad
+    # weight is fp16 without a bias to tell its dtype, so the reference's weights are rounded once more.
+    assert (gradient - expected).norm() / expected.norm() < 5e-3
+
+
+@each_family
+def test_disk_offload_and_device_maps(case: Variant, tmp_path: Path) -> None:
+    model = quantized(case)
+    model.save_quantized(tmp_path / "out")
+    expected = model(_prompt()).logits
+    architecture_blocks = {"llama": "model.layers", "opt": "model.decoder.layers", "mpt": "transformer.blocks"}
+    blocks = architecture_blocks.get(case.config.model_type, "transformer.h")
+    split = {"": "cpu", f"{blocks}.1": "disk"}
+    whole = {name: "cpu" for name, _ in model.model.named_modules() if name.startswith(f"{blocks}.0")}
+    for device_map in (split, {"": "cpu"}, {"": "disk"}, "cpu", torch.device("cpu"), "sequential", "balanced", "auto", None):
+        loaded = AutoQForCausalLM.from_quantized(
+            tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        assert torch.equal(loaded(_prompt()).logits, expected), device_map
+    assert whole
+    offloaded = AutoQForCausalLM.from_quantized(tmp_path / "out", device_map=split, offload_folder=tmp_path / "offload")
+    second = [module for name, module in offloaded.model.get_submodule(blocks)[1].named_modules()]
+    assert any(isinstance(module, QuantLinear) and module.codes.is_meta for module in second)
+    with pytest.raises(AutoQError, match="not in memory"):
+        offloaded.save_quantized(tmp_path / "again")
+
+
+def test_max_memory_counts_quantized_bytes(llama: Path, tmp_path: Path) -> None:
+    full = sum(tensor.nbytes for tensor in variant("llama-gqa").model().state_dict().values())
+    model = AutoQForCausalLM.from_quantized(llama, device_map="cpu")
+    small = sum(tensor.nbytes for tensor in model.model.state_dict().values())
+    assert small < 0.75 * full
+    # What does not hold the full-precision model holds the quantized one.
+    limit = {"cpu": int(small * 1.3)}
+    assert small * 1.3 < full
+    fits = AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=limit)
+    assert not any(tensor.is_meta for tensor in fits.model.state_dict().values())
+    limit = {"cpu": int(small * 0.6)}
+    spilled = AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=limit, offload_folder=tmp_path)
+    assert any(tensor.is_meta for tensor in spilled.model.state_dict().values())
+    assert torch.equal(spilled(_prompt()).logits, model(_prompt()).logits)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [("everywhere", "device_map is 'everywhere'"), ({"model.layers.0": "cpu"}, "leaves out some modules")],
+)
+def test_bad_device_maps(llama: Path, device_map: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AutoQForCausalLM.from_quantized(llama, device_map=device_map)
+
+
+def test_options_of_autoawq(llama: Path) -> None:
+    with pytest.warns(UserWarning, match=r"ignored.*max_seq_len, fuse_layers=True"):
+        AutoQForCausalLM.from_quantized(llama, device_map="cpu", fuse_layers=True, max_seq_len=512)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        AutoQForCausalLM.from_quantized(llama, nonsense=1)
+    with pytest.raises(ConfigError, match="torch_dtype is torch.int8"):
+        AutoQForCausalLM.from_quantized(llama, torch_dtype=torch.int8)
+
+
+def test_from_pretrained_refuses_what_it_cannot_quantize(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantized already"):
+        AutoQForCausalLM.from_pretrained(llama)
+    BertForMaskedLM(BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=50)
+                    ).save_pretrained(tmp_path / "bert")  # fmt: skip
+    with pytest.raises(ArchitectureError, match="'bert'"):
+        AutoQForCausalLM.from_pretrained(tmp_path / "bert")
+
+
+def test_from_pretrained_takes_autoawqs_options(tmp_path: Path) -> None:
+    variant("llama-gqa").model().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoQForCausalLM.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_cache=False, safetensors=True)
+    assert model.dtype == torch.bfloat16
+    assert model.config.use_cache
+
+
+def test_checkpoints_of_other_writers_load(llama: Path, tmp_path: Path) -> None:
+    """Older key names, the config in a file of its own, GEMM in capitals."""
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (tmp_path / "quant_config.json").write_text(json.dumps(old))
+    loaded = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu")
+    expected = AutoQForCausalLM.from_quantized(llama, device_map="cpu")
+    assert torch.equal(loaded(_prompt()).logits, expected(_prompt()).logits)
+
+
+def test_hub_names_go_through_the_cache(llama: Path, tmp_path: Path) -> None:
+    """A snapshot as huggingface_hub lays it out, links into its blob store included, loads by its name."""
+    repository = tmp_path / "models--someone--tiny-awq"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    snapshot.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for path in llama.iterdir():
+        (repository / "blobs" / path.name).write_bytes(path.read_bytes())
+        os.symlink(f"../../blobs/{path.name}", snapshot / path.name)
+    model = AutoQForCausalLM.from_quantized("someone/tiny-awq", cache_dir=tmp_path, local_files_only=True, device_map="cpu")
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_importing_fetches_nothing_and_is_quiet() -> None:
+    code = "import socket; socket.socket.connect = None; import autoq; print(autoq.__all__)"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+
+
+def test_loaded_models_are_plain_to_transformers(llama: Path) -> None:
+    model, config = load_quantized(
+        llama, device_map="cpu", torch_dtype="auto", max_memory=None, offload_folder=None
+    )
+    assert config.bits == 4
+    assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
+    assert getattr(model.config, "quantization_config", None) is None

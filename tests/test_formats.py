@@ -1,0 +1,91 @@
+"""On-disk formats: lossless, and laid out as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from autoq.errors import ConfigError
+from autoq.formats import LinearSpec, all_formats, get_format
+from autoq.quantization.weight import QuantizedWeight, quantize
+from torch import Tensor
+
+CASES = [
+    (name, bits, group_size, shape)
+    for name in all_formats()
+    for bits in (2, 3, 4, 8)
+    for group_size in (16, 32, 128, -1)
+    for shape in ((8, 128), (24, 384), (40, 256), (5, 128), (13, 100), (8, 33))
+    if group_size == -1 or shape[1] % group_size == 0
+]
+
+
+def _case(bits: int, group_size: int, shape: tuple[int, int], zero_point: bool) -> tuple[QuantizedWeight, LinearSpec]:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + bits))
+    groups = shape[1] if group_size == -1 else group_size
+    return quantize(weight, bits, group_size, zero_point), LinearSpec(*shape, bits, groups, zero_point)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("name", "bits", "group_size", "shape"), CASES)
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_round_trip(name: str, bits: int, group_size: int, shape: tuple[int, int], zero_point: bool) -> None:
+    weight, spec = _case(bits, group_size, shape, zero_point)
+    layout = get_format(name)
+    if layout.obstacle(spec) is not None:
+        assert bits != 4 or shape[0] % 8, "only gemm has obstacles, and only these"
+        assert name == "gemm"
+        return
+    tensors = layout.pack(weight)
+    assert {leaf: (tensor.dtype, tuple(tensor.shape)) for leaf, tensor in tensors.items()} == {
+        leaf: tuple(wanted) for leaf, wanted in layout.tensors(spec).items()
+    }
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    result = layout.unpack(tensors, spec)
+    assert _same(result.codes, weight.codes)
+    assert _same(result.scales, weight.scales)
+    assert _same(result.zeros, weight.zeros)
+    assert result.bits == bits
+
+
+def test_gemm_puts_column_c_in_its_nibble() -> None:
+    weight, spec = _case(4, 16, (16, 32), True)
+    tensors = get_format("gemm").pack(weight)
+    for k in range(32):
+        for n in range(16):
+            nibble = (0, 4, 1, 5, 2, 6, 3, 7)[n % 8]
+            word = int(tensors["qweight"][k, n // 8]) & 0xFFFFFFFF
+            assert word >> (4 * nibble) & 15 == weight.codes[n, k]
+    assert torch.equal(tensors["scales"], weight.scales.T)
+    assert weight.zeros is not None
+    assert int(tensors["qzeros"][1, 0]) & 15 == weight.zeros[0, 1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_dense_is_a_bit_stream_without_waste(bits: int) -> None:
+    weight, spec = _case(bits, -1, (3, 37), True)
+    stream = get_format("dense").pack(weight)["qweight"]
+    assert stream.shape[1] == (37 * bits + 7) // 8
+    for row in range(3):
+        number = int.from_bytes(bytes(stream[row].tolist()), "little")
+        assert [number >> (bits * k) & (2**bits - 1) for k in range(37)] == weight.codes[row].tolist()
+
+
+def test_gemm_writes_symmetric_zeros_out_and_reads_other_zeros_as_they_are() -> None:
+    weight, spec = _case(4, 16, (8, 32), False)
+    layout = get_format("gemm")
+    tensors = layout.pack(weight)
+    assert (tensors["qzeros"] == -0x77777778).all()  # 0x88888888
+    tensors["qzeros"][0, 0] = 0
+    zeros = layout.unpack(tensors, spec).zeros
+    assert zeros is not None
+    assert (zeros[:, 0] == 0).all()
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(ConfigError, match="'marlin' is not supported; supported are dense, gemm"):
+        get_format("marlin")

@@ -1,0 +1,199 @@
+"""Quantizing whole models: what comes out, what is refused, what is reported."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from autoq import AutoQForCausalLM, QuantConfig
+from autoq.errors import AutoQError, ConfigError, QuantizationError
+from autoq.nn import QuantLinear, ScaledActivation
+from autoq.quantization import pipeline
+from autoq.quantization.weight import fake_quantize
+from torch import Tensor, nn
+
+from families import FAMILIES, VARIANTS, VOCABULARY, Variant
+
+pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
+
+
+def samples(count: int = 12, length: int = 32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, VOCABULARY, (count, length), generator=generator))
+
+
+def quantized(variant: Variant, *, dtype: torch.dtype = torch.float32, calib: Any = None, **settings: Any) -> AutoQForCausalLM:
+    model = AutoQForCausalLM(variant.model().to(dtype))
+    model.quantize(None, {"bits": 4, "group_size": 32, **settings}, calib or samples(), max_calib_seq_len=32, progress=False)
+    return model
+
+
+def variant(name: str) -> Variant:
+    return next(entry for entry in VARIANTS if entry.name == name)
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(torch.stack(samples(4, 32, seed=9))).logits
+    return logits.float()
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("scale_activations", [False, True])
+def test_every_variant_comes_out_near_the_original(case: Variant, scale_activations: bool) -> None:
+    model = quantized(case, bits=8, scale_activations=scale_activations)
+    expected, found = _logits(case.model()), _logits(model)
+    assert (found - expected).norm() / expected.norm() < 0.03
+    linears = [module for module in model.modules() if isinstance(module, (QuantLinear, nn.Linear))]
+    assert sum(isinstance(module, QuantLinear) for module in linears) == len(model.report.quantized) > 0
+    has_groups = any(group.activation for group in pipeline.architecture_of(case.config).groups(case.config, True))
+    scaled = [module for module in model.modules() if isinstance(module, ScaledActivation)]
+    assert bool(scaled) == (scale_activations and has_groups)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_the_search_beats_round_to_nearest_on_the_calibration_data(case: Variant, bits: int, zero_point: bool) -> None:
+    report = quantized(case, bits=bits, zero_point=zero_point).report
+    assert report is not None
+    for linear in report.quantized:
+        assert (linear.bits, linear.group_size, linear.tokens) == (bits, 32, 12 * 32)
+        assert 0 < linear.error_after
+    # Scales are chosen for a group of linears together, clipping group by group: the sum is what must not grow.
+    before = sum(linear.error_before for linear in report.quantized)
+    after = sum(linear.error_after for linear in report.quantized)
+    assert after < before
+
+
+def test_without_a_search_it_is_round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.awq, "SCALE_GRID", ())
+    case = variant("llama-gqa")
+    model = quantized(case, apply_clip=False)
+    weight = case.model().get_submodule("model.layers.1.mlp.down_proj").weight
+    found = model.model.get_submodule("model.layers.1.mlp.down_proj").weight
+    assert torch.equal(found, fake_quantize(weight, 4, 32).to(found.dtype))
+    for linear in model.report.quantized:
+        assert linear.error_after == pytest.approx(linear.error_before, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_are_searched_in_fp32(dtype: torch.dtype) -> None:
+    case = variant("llama-gqa")
+    low = quantized(case, dtype=dtype)
+    full = quantized(case)
+    assert low.model.dtype == dtype
+    for one, other in zip(low.report.quantized, full.report.quantized, strict=True):
+        assert one.error_after == pytest.approx(other.error_after, rel=0.15)
+    # At 8 bits what is left is the rounding of the activations, which the plain model has too.
+    expected = _logits(case.model())
+    plain = (_logits(case.model().to(dtype)) - expected).norm()
+    assert (_logits(quantized(case, dtype=dtype, bits=8)) - expected).norm() < 1.5 * plain + 0.03 * expected.norm()
+
+
+def test_two_runs_are_identical() -> None:
+    one, other = quantized(variant("gptj")), quantized(variant("gptj"))
+    for (name, tensor), (_, again) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(tensor, again), name
+
+
+def test_group_size_that_does_not_divide_takes_a_smaller_one_or_leaves_the_linear_alone() -> None:
+    case = variant("llama-gqa")  # 64 and 96 wide
+    smaller = quantized(case, group_size=64)
+    sizes = {linear.name.rpartition(".")[2]: linear.group_size for linear in smaller.report.quantized}
+    assert sizes == {"q_proj": 64, "k_proj": 64, "v_proj": 64, "o_proj": 64, "gate_proj": 64, "up_proj": 64, "down_proj": 32}
+    assert all("does not divide" in entry.note for entry in smaller.report.quantized if entry.group_size == 32)
+    assert set(smaller.quant_config.module_group_sizes.values()) == {32}
+    skipped = quantized(case, group_size=64, indivisible="skip")
+    assert {entry.name for entry in skipped.report.skipped} == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    assert set(skipped.quant_config.modules_to_not_convert) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    assert "does not divide 96 inputs" in str(skipped.report)
+    with pytest.raises(QuantizationError, match="nothing to quantize"):
+        quantized(case, group_size=256, indivisible="skip")
+
+
+def test_modules_to_not_convert_stay_exactly_in_function() -> None:
+    case = variant("llama-gqa")
+    model = quantized(case, bits=8, modules_to_not_convert=["mlp", "layers.0.self_attn.q_proj"])
+    kept = {entry.name for entry in model.report.skipped}
+    assert len(kept) == 2 * 3 + 1
+    assert all(isinstance(model.model.get_submodule(name), nn.Linear) for name in kept)
+    assert all(model.model.get_submodule(name).weight.dtype == torch.float32 for name in kept)
+    expected = _logits(case.model())
+    assert (_logits(model) - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_weights_and_activations_name_the_layer(bad: float) -> None:
+    model = AutoQForCausalLM(variant("opt").model())
+    with torch.no_grad():
+        model.model.get_submodule("model.decoder.layers.1.fc2").weight[3, 4] = bad
+    with pytest.raises(QuantizationError, match=r"model\.decoder\.layers\.1\.fc2 holds NaN or infinity"):
+        model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
+    model = AutoQForCausalLM(variant("opt").model())
+    with torch.no_grad():
+        model.model.get_submodule("model.decoder.layers.1.self_attn_layer_norm").bias[3] = bad
+    with pytest.raises(QuantizationError, match=r"inputs of model\.decoder\.layers\.1\.self_attn\..*NaN or infinity"):
+        model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
+
+
+def test_little_data_is_a_loud_warning() -> None:
+    with pytest.warns(UserWarning, match="too little calibration data.*64 channels|too little.*96 channels"):
+        quantized(variant("llama-gqa"), calib=samples(1, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized(variant("llama-gqa"))
+
+
+def test_samples_of_different_lengths_all_count() -> None:
+    model = AutoQForCausalLM(variant("bloom").model())
+    mixed = samples(5, 32) + samples(3, 20) + samples(4, 7)
+    model.quantize(None, {"group_size": 32}, mixed, max_calib_seq_len=32, packing=False, progress=False)
+    assert {entry.tokens for entry in model.report.quantized} == {5 * 32 + 3 * 20 + 4 * 7}
+
+
+def test_quantizing_twice_is_refused() -> None:
+    model = quantized(variant("llama-gqa"))
+    with pytest.raises(ConfigError, match="quantized already"):
+        model.quantize(None, {}, samples())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits is 5; it should be one of 2, 3, 4, 8"),
+        ({"bits": "4"}, "bits is '4'"),
+        ({"bits": True}, "bits is True"),
+        ({"group_size": 100}, "group_size is 100"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"zero_point": 1}, "zero_point is 1"),
+        ({"version": "gemv"}, "'gemv' is not supported; supported are dense, gemm"),
+        ({"bits": 3, "version": "gemm"}, "gemm format holds 4-bit weights only"),
+        ({"group": 128}, "unknown setting 'group'"),
+        ({"bits": 4, "w_bit": 3}, "'bits' twice"),
+        ({"modules_to_not_convert": "lm_head"}, "should be a list"),
+        ({"indivisible": "pad"}, "indivisible is 'pad'"),
+    ],
+)
+def test_bad_settings_are_sentences_before_any_work(settings: dict[str, Any], message: str) -> None:
+    model = AutoQForCausalLM(variant("llama-gqa").model())
+    with pytest.raises(AutoQError, match=message):
+        model.quantize(None, settings, samples(), progress=False)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_config_round_trip_and_legacy_names() -> None:
+    assert QuantConfig.from_dict({"w_bit": 4, "q_group_size": 64, "version": "GEMM"}) == QuantConfig(group_size=64)
+    for config in (
+        QuantConfig(),
+        QuantConfig(bits=3, group_size=-1),
+        QuantConfig(zero_point=False),
+        QuantConfig(bits=8, zero_point=False, scale_activations=True),
+        QuantConfig(modules_to_not_convert=("a.b",), module_group_sizes={"c.d": 32}),
+    ):
+        assert QuantConfig.from_dict(config.to_dict()) == config
+    saved = QuantConfig(zero_point=False).to_dict()
+    assert (saved["quant_method"], saved["version"], saved["zero_point"]) == ("awq", "gemm", True)
+    assert QuantConfig(bits=3).to_dict()["quant_method"] == "autoq"
