@@ -36,6 +36,8 @@ class QuantConfig:
         largest smaller group size that does, "skip" leaves the linear as it is. Either is listed in the report.
     duo_scaling: whether the scale search weighs the magnitude of the weights too, not only of the activations.
     apply_clip: whether to search the range weights are clipped to.
+    compensate: whether rounding makes up for the error of each weight in those not rounded yet (GPTQ), on the same
+        statistics; False rounds each to the nearest.
     scale_activations: whether linears behind a nonlinearity get a scale too, through a scaled activation. More
         accurate, but vLLM and SGLang cannot load such checkpoints.
     module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
@@ -49,6 +51,7 @@ class QuantConfig:
     indivisible: str = "smaller"
     duo_scaling: bool = True
     apply_clip: bool = True
+    compensate: bool = True
     scale_activations: bool = False
     module_group_sizes: Mapping[str, int] = field(default_factory=dict)
 
@@ -60,7 +63,7 @@ class QuantConfig:
         _one_of("bits", self.bits, SUPPORTED_BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("indivisible", self.indivisible, ("smaller", "skip"))
-        for name in ("zero_point", "duo_scaling", "apply_clip", "scale_activations"):
+        for name in ("zero_point", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
             _one_of(name, getattr(self, name), (True, False))
         for name, size in self.module_group_sizes.items():
             _one_of(f"module_group_sizes[{name!r}]", size, GROUP_SIZES)

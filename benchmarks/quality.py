@@ -38,11 +38,18 @@ _WORKER = Path(__file__).with_name("autoawq_worker.py")
 def main() -> None:
     arguments = _arguments()
     rows = []
+    kept = {}
+    if arguments.keep and arguments.output.with_suffix(".json").is_file():
+        measured = json.loads(arguments.output.with_suffix(".json").read_text())["rows"]
+        kept = {(row["model"], row["config"]): row for row in measured}
     for directory in sorted(path for path in arguments.models.iterdir() if (path / "config.json").is_file()):
         if arguments.only and directory.name not in arguments.only:
             continue
         for config in arguments.configs:
-            rows.append(_measure(directory, config, arguments))
+            row = kept.get((directory.name, config)) or _measure(directory, config, arguments)
+            if "AutoAWQ" not in row:
+                row.update(_measure_autoawq(directory, config, arguments))
+            rows.append(row)
             print(_table([rows[-1]]).splitlines()[-1], flush=True)
             _write(arguments.output, rows)
     print(_table(rows))
@@ -59,13 +66,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--configs", nargs="*", default=list(CONFIGS), help="such as w4g128")
     parser.add_argument("--autoawq", type=Path, help="Python of an environment with AutoAWQ")
     parser.add_argument("--autoawq-results", type=Path, help="where AutoAWQ's quantized weights are kept")
+    parser.add_argument("--keep", action="store_true", help="keep the rows an earlier run has written")
     parser.add_argument("--settings", type=json.loads, default={}, help="further quant_config settings, as JSON")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality"))
     return parser.parse_args()
 
 
+def _parse(config: str) -> tuple[int, int]:
+    match = re.fullmatch(r"w(\d+)g(-?\d+)", config)
+    if match is None:
+        raise SystemExit(f"{config!r} is no configuration; write it like w4g128")
+    return int(match[1]), int(match[2])
+
+
 def _measure(directory: Path, config: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    bits, group_size = map(int, re.fullmatch(r"w(\d+)g(-?\d+)", config).groups())  # type: ignore[union-attr]
+    bits, group_size = _parse(config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reference = AutoQForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
 
@@ -87,11 +102,7 @@ def _measure(directory: Path, config: str, arguments: argparse.Namespace) -> dic
         max_calib_seq_len=arguments.window,
         progress=False,
     )
-    row["autoq"] = {**_figures(evaluate(model)), "seconds": time.perf_counter() - start}
-    weights = _autoawq(directory, config, bits, group_size, arguments)
-    if weights is not None:
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
-        row["AutoAWQ"] = {**_figures(evaluate(model)), **json.loads((weights / "result.json").read_text())}
+    row["autoq"] = {"seconds": time.perf_counter() - start, **_figures(evaluate(model))}
     return row
 
 
@@ -104,20 +115,29 @@ def _round_to_nearest(directory: Path, bits: int, group_size: int) -> PreTrained
     return model
 
 
-def _autoawq(
-    directory: Path, config: str, bits: int, group_size: int, arguments: argparse.Namespace
-) -> Path | None:
-    """The directory with AutoAWQ's weights for this model, made if an environment was given."""
+def _measure_autoawq(directory: Path, config: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """AutoAWQ's figures, both made and measured by autoawq_worker.py in AutoAWQ's own environment."""
     if arguments.autoawq_results is None:
-        return None
+        return {}
     results: Path = arguments.autoawq_results / f"{directory.name}-{config}"
-    if not (results / "result.json").is_file():
+    if not (results / "evaluation.json").is_file():
         if arguments.autoawq is None:
-            return None
-        command = [arguments.autoawq, _WORKER, "quantize", "--model", directory, "--calibration", arguments.calibration]
-        command += ["--bits", bits, "--group-size", group_size, "--seq-len", arguments.window, "--out", results]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    return results
+            return {}
+        bits, group_size = _parse(config)
+        _run_worker(
+            arguments, "quantize", "--model", directory, "--calibration", arguments.calibration, "--bits", bits,
+            "--group-size", group_size, "--seq-len", arguments.window, "--out", results,
+        )  # fmt: skip
+        evaluation = _run_worker(
+            arguments, "evaluate", "--model", directory, "--weights", results / "model.safetensors", "--text", arguments.text
+        )  # fmt: skip
+        (results / "evaluation.json").write_text(evaluation)
+    return {"AutoAWQ": {part: json.loads((results / f"{part}.json").read_text()) for part in ("evaluation", "result")}}
+
+
+def _run_worker(arguments: argparse.Namespace, *options: Any) -> str:
+    command = [str(part) for part in (arguments.autoawq, _WORKER, *options)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _figures(comparison: Comparison) -> dict[str, float]:
@@ -135,9 +155,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|" + "---|" * len(methods),
     ]
     for row in rows:
+        figures = {**row, "AutoAWQ": row.get("AutoAWQ", {}).get("evaluation")}
         cells = [
-            f"{row[method]['perplexity']:.4f} / {1000 * row[method]['divergence']:.2f}" if method in row else "-"
-            for method in methods
+            f"{found['perplexity']:.4f} / {1000 * found['divergence']:.2f}" if found else "-"
+            for found in (figures[method] for method in methods)
         ]
         cells.insert(0, f"{row['full precision']['perplexity']:.4f}")
         lines.append(f"| {row['model']} | {row['config']} | {' | '.join(cells)} |")

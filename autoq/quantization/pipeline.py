@@ -24,6 +24,7 @@ from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.quantization import awq
 from autoq.quantization.calibration import CalibrationSet
+from autoq.quantization.compensation import Compensator
 from autoq.quantization.report import LinearReport, QuantizationReport
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.weight import dequantize, fake_quantize, quantize
@@ -243,9 +244,14 @@ def _quantize_block(
     for group in plan.architecture.groups(plan.model_config, plan.config.scale_activations):
         _scale_group(block, prefix, group, statistics[group.linears[0]], work, plan)
     reports = []
+    inputs: dict[int, _ScaledInputs] = {}
     for leaf, item in work.items():
         if item.name in plan.group_sizes:
-            module, report = _quantize_linear(leaf, item, statistics[leaf], plan)
+            # Linears that share statistics are of one scale group, so they share the scaled inputs too.
+            key = id(statistics[leaf])
+            if key not in inputs:
+                inputs[key] = _ScaledInputs(statistics[leaf], item.column_scale, plan.config.compensate)
+            module, report = _quantize_linear(leaf, item, inputs[key], plan)
             replace_module(block, leaf, module)
         else:
             item.restore()
@@ -308,31 +314,42 @@ def _scale_group(
         work[group.prev].row_scale = awq.scale_by_row(prev.out_features, scale, rows)
 
 
+class _ScaledInputs:
+    """The inputs some linears read once their scale is folded, and what rounding needs to know of them."""
+
+    def __init__(self, inputs: InputStatistics, scale: Tensor, compensate: bool) -> None:
+        self.original = inputs.gram
+        self.tokens = inputs.tokens
+        self.gram = inputs.gram / torch.outer(scale, scale)
+        self.compensator = Compensator(self.gram) if compensate else None
+
+
 def _quantize_linear(
-    leaf: str, item: _LinearWork, inputs: InputStatistics, plan: _Plan
+    leaf: str, item: _LinearWork, inputs: _ScaledInputs, plan: _Plan
 ) -> tuple[QuantLinear, LinearReport]:
     """Clips and rounds one linear whose scales are folded."""
     config = plan.config
     group_size = plan.group_sizes[item.name]
     weight = item.linear.weight.detach()
+    clipped = weight
     if config.apply_clip and leaf.rpartition(".")[2] not in plan.architecture.unclipped:
-        gram = inputs.gram / torch.outer(item.column_scale, item.column_scale)
-        ranges = awq.search_clip(weight, gram, plan.fake_quantize(-1), group_size)
-        weight = awq.clip(weight, ranges)
+        clipped = awq.clip(weight, awq.search_clip(weight, inputs.gram, plan.fake_quantize(-1), group_size))
     try:
-        quantized = quantize(weight, config.bits, group_size, config.zero_point)
+        quantized = quantize(clipped, config.bits, group_size, config.zero_point)
     except QuantizationError as error:
         raise QuantizationError(f"{item.name}: {error}") from None
+    if inputs.compensator is not None:
+        quantized = inputs.compensator.round(weight, quantized)
     bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
     searched = dequantize(quantized) / item.column_scale * item.row_scale.unsqueeze(1)
     nearest = plan.fake_quantize(group_size)(item.original)
-    energy = awq.output_error(item.original, inputs.gram).clamp(min=torch.finfo(torch.float32).tiny)
+    energy = awq.output_error(item.original, inputs.original).clamp(min=torch.finfo(torch.float32).tiny)
     report = LinearReport(
         name=item.name,
         bits=config.bits,
         group_size=group_size,
-        error_before=float(awq.output_error(nearest - item.original, inputs.gram) / energy),
-        error_after=float(awq.output_error(searched - item.original, inputs.gram) / energy),
+        error_before=float(awq.output_error(nearest - item.original, inputs.original) / energy),
+        error_after=float(awq.output_error(searched - item.original, inputs.original) / energy),
         tokens=inputs.tokens,
         note="" if group_size == config.group_size else f"group size {config.group_size} does not divide its inputs",
     )

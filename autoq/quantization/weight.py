@@ -88,14 +88,19 @@ def quantize(weight: Tensor, bits: int, group_size: int, zero_point: bool = True
     if not torch.isfinite(scales).all():
         problem = "NaN or infinite weights" if not torch.isfinite(weight).all() else "weights too large for fp16 scales"
         raise QuantizationError(f"cannot quantize a weight of shape {tuple(weight.shape)}: it holds {problem}")
-    offset = 2 ** (bits - 1) if zeros is None else zeros
-    codes = (groups / scales).round_().add_(offset).clamp_(0, 2**bits - 1)
+    offset = torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros
+    codes = nearest_codes(groups, scales, offset, bits)
     return QuantizedWeight(
         codes=codes.to(torch.uint8).reshape(weight.shape),
         scales=scales.squeeze(2).to(_SCALE_DTYPE),
         zeros=None if zeros is None else zeros.squeeze(2).to(torch.uint8),
         bits=bits,
     )
+
+
+def nearest_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """The code of the grid value `(q - z) * s` nearest to each weight; all tensors floating point and broadcastable."""
+    return (weight / scales).round_().add_(zeros).clamp_(0, 2**bits - 1)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

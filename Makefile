@@ -1,0 +1,43 @@
+# make install   the package and its development tools in .venv, with the native extension
+# make demo      quantizes a small model that comes with the project and compares it with the original; offline
+# make test      the tests
+# make lint      formatting, lint, types
+# make format    formats Python and C++
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*)
+READY := $(VENV)/.installed
+
+.PHONY: install demo test lint format clean
+
+install: $(READY)
+
+# torch comes first: the extension is built with the torch that runs it.
+$(READY): setup.py pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch ninja pybind11 setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo/demo.py
+
+# One thread a worker: the models of the tests are too small for more.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info autoq/*.so

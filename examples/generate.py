@@ -1,0 +1,43 @@
+"""Writes on from a prompt with a quantized model, word by word.
+
+python examples/generate.py MODEL PROMPT [--new-tokens 128] [--temperature 0.7] [--chat]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from autoq import AutoQForCausalLM
+from transformers import AutoTokenizer, TextStreamer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory or hub name of a quantized model")
+    parser.add_argument("prompt")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
+    parser.add_argument("--chat", action="store_true", help="give the prompt as a user's message")
+    parser.add_argument("--device-map", default="auto", help="auto, balanced, sequential, or a device")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoQForCausalLM.from_quantized(arguments.model, device_map=arguments.device_map)
+    if arguments.chat:
+        messages = [{"role": "user", "content": arguments.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
+    model.generate(
+        **inputs.to(model.device),
+        **sampling,
+        max_new_tokens=arguments.new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

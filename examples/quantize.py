@@ -1,0 +1,46 @@
+"""Quantizes a model with AWQ and saves it.
+
+python examples/quantize.py MODEL OUT [--bits 4] [--group-size 128] [--calibration FILE_OR_DATASET]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from autoq import AutoQForCausalLM
+from transformers import AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory or hub name of the full-precision model")
+    parser.add_argument("out", help="directory to write")
+    parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8")
+    parser.add_argument("--group-size", type=int, default=128, help="16, 32, 64, 128, 256, or -1 for whole rows")
+    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoQForCausalLM.from_pretrained(arguments.model)
+    report = model.quantize(
+        tokenizer,
+        quant_config={
+            "bits": arguments.bits,
+            "group_size": arguments.group_size,
+            "zero_point": not arguments.symmetric,
+        },
+        calib_data=arguments.calibration,
+        max_calib_samples=arguments.samples,
+        max_calib_seq_len=arguments.length,
+    )
+    print(report)
+    model.save_quantized(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    print(f"saved to {arguments.out}; try: python examples/generate.py {arguments.out} 'Once upon a time'")
+
+
+if __name__ == "__main__":
+    main()
