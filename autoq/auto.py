@@ -35,6 +35,8 @@ class AutoQForCausalLM(nn.Module):
     which is its attribute `model`; attributes it does not have itself, such as `config`, are that model's.
     """
 
+    model: Any  # a PreTrainedModel, most of whose methods have no types
+
     def __init__(self, model: PreTrainedModel, quant_config: QuantConfig | None = None) -> None:
         super().__init__()
         self.model = model

@@ -88,7 +88,12 @@ class CheckpointReader:
             raise CheckpointError(f"{path} has no weight_map; the file is damaged")
         files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
+            if (
+                not isinstance(file, str)
+                or not file.endswith(".safetensors")
+                or Path(file).name != file
+                or "\\" in file
+            ):
                 raise CheckpointError(
                     f"{path} places the tensor {name} in {file!r}; a shard must be a .safetensors file in the same "
                     "directory. Do not use this checkpoint unless you know where it comes from."
@@ -121,7 +126,9 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         if name not in self._files:
-            raise CheckpointError(f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model")
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model"
+            )
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
@@ -129,7 +136,9 @@ class CheckpointReader:
         """Raises CheckpointError unless the tensor exists with this dtype and shape."""
         found = self.specs.get(name)
         if found is None:
-            raise CheckpointError(f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model")
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model"
+            )
         if found != wanted:
             raise CheckpointError(
                 f"{self.directory}: the tensor {name} is {found.dtype} of shape {list(found.shape)}, where the config "

@@ -34,6 +34,8 @@ class QuantConfig:
     modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
     indivisible: what happens to a linear whose input features the group size does not divide: "smaller" takes the
         largest smaller group size that does, "skip" leaves the linear as it is. Either is listed in the report.
+    apply_scale: whether to search and fold the scales of AWQ. Without it, `apply_clip` and `compensate`, what remains
+        is rounding to the nearest.
     duo_scaling: whether the scale search weighs the magnitude of the weights too, not only of the activations.
     apply_clip: whether to search the range weights are clipped to.
     compensate: whether rounding makes up for the error of each weight in those not rounded yet (GPTQ), on the same
@@ -49,6 +51,7 @@ class QuantConfig:
     version: str = ""
     modules_to_not_convert: tuple[str, ...] = ()
     indivisible: str = "smaller"
+    apply_scale: bool = True
     duo_scaling: bool = True
     apply_clip: bool = True
     compensate: bool = True
@@ -63,7 +66,7 @@ class QuantConfig:
         _one_of("bits", self.bits, SUPPORTED_BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("indivisible", self.indivisible, ("smaller", "skip"))
-        for name in ("zero_point", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
+        for name in ("zero_point", "apply_scale", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
             _one_of(name, getattr(self, name), (True, False))
         for name, size in self.module_group_sizes.items():
             _one_of(f"module_group_sizes[{name!r}]", size, GROUP_SIZES)

@@ -150,7 +150,8 @@ def _insert_quantized_linears(
             size = config.group_size_for(name, linear.in_features)
             if size is None:
                 raise CheckpointError(
-                    f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} inputs of {name}"
+                    f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} "
+                    f"inputs of {name}"
                 )
             groups = linear.in_features if size == -1 else size
             spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
@@ -175,7 +176,7 @@ def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader)
         for group in architecture.scale_groups:
             name = f"{architecture.blocks}.{index}.{group.prev}.scales"
             if group.activation and name in reader.specs:
-                channels = block.get_submodule(group.linears[0]).in_features
+                channels = int(block.get_submodule(group.linears[0]).in_features)  # type: ignore[arg-type]
                 act = ScaledActivation(block.get_submodule(group.prev), channels, model.dtype)
                 replace_module(block, group.prev, act.to("meta"))
 
@@ -185,9 +186,7 @@ def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
         return torch.empty(spec.out_features, columns, dtype=dtype, device="meta")
 
     zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
-    return QuantizedWeight(
-        empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits
-    )
+    return QuantizedWeight(empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits)
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -313,7 +312,7 @@ def _resolve_device_map(
 def _disjoint(
     name: str, module: nn.Module, device_map: dict[str, str | int | torch.device]
 ) -> dict[str, str | int | torch.device]:
-    """A device map in which no entry lies within another: accelerate takes {"": "cpu", "a.b": "disk"} for a conflict."""
+    """A device map in which no entry lies within another, which accelerate would not take."""
     within = {key: device for key, device in device_map.items() if not name or key.startswith(f"{name}.")}
     within.pop(name, None)
     if not within:

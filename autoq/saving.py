@@ -71,7 +71,9 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
     saved: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
-            raise CheckpointError(f"{name} is not in memory (it is offloaded); load the model without offloading to save it")
+            raise CheckpointError(
+                f"{name} is not in memory (it is offloaded); load the model without offloading to save it"
+            )
         owner = name.rpartition(".")[0]
         if name == f"{owner}.codes" and owner in quantized:
             for leaf, part in layout.pack(quantized[owner].quantized_weight()).items():
@@ -102,7 +104,9 @@ def _model_card(config: QuantConfig) -> str:
     if config.scale_activations:
         notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
     if config.module_group_sizes:
-        notes += "\nSome linears have a smaller group size (see config.json); engines with one group size cannot load it.\n"
+        notes += (
+            "\nSome linears have a smaller group size (see config.json); engines with one group size cannot load it.\n"
+        )
     if config.version != "gemm":
         notes += "\nThis format is autoq's own; other engines cannot load it.\n"
     ranges = "zero points" if config.zero_point else "symmetric"

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from autoq import AutoQForCausalLM, __version__
 from autoq.architectures import architecture_of
 from autoq.architectures.base import named_linears
 from autoq.evaluation.divergence import Comparison, compare
 from autoq.quantization.weight import fake_quantize
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CONFIGS = ("w4g128", "w4g32", "w3g128", "w3g32")
 _WORKER = Path(__file__).with_name("autoawq_worker.py")
@@ -128,9 +129,10 @@ def _measure_autoawq(directory: Path, config: str, arguments: argparse.Namespace
             arguments, "quantize", "--model", directory, "--calibration", arguments.calibration, "--bits", bits,
             "--group-size", group_size, "--seq-len", arguments.window, "--out", results,
         )  # fmt: skip
+        weights = results / "model.safetensors"
         evaluation = _run_worker(
-            arguments, "evaluate", "--model", directory, "--weights", results / "model.safetensors", "--text", arguments.text
-        )  # fmt: skip
+            arguments, "evaluate", "--model", directory, "--weights", weights, "--text", arguments.text
+        )
         (results / "evaluation.json").write_text(evaluation)
     return {"AutoAWQ": {part: json.loads((results / f"{part}.json").read_text()) for part in ("evaluation", "result")}}
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from transformers import AutoConfig, AutoTokenizer
+
 from autoq import AutoQForCausalLM
 from autoq.evaluation import compare, perplexity
-from transformers import AutoConfig, AutoTokenizer
 
 
 def load(path: str) -> AutoQForCausalLM:
@@ -35,9 +36,7 @@ def main() -> None:
         print(f"perplexity {result.value:.4f} over {result.windows} windows, {result.tokens:,} tokens")
         return
     reference = load(arguments.reference)
-    both = compare(
-        reference, model, tokenizer, arguments.text, arguments.sequence_length, arguments.max_windows
-    )
+    both = compare(reference, model, tokenizer, arguments.text, arguments.sequence_length, arguments.max_windows)
     print(f"perplexity {both.model.value:.4f}, full precision {both.reference.value:.4f}")
     print(f"KL divergence {both.divergence.value:.5f} nats, same top token {both.divergence.top1_agreement:.2%}")
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from autoq import AutoQForCausalLM
 from transformers import AutoTokenizer, TextStreamer
+
+from autoq import AutoQForCausalLM
 
 
 def main() -> None:
@@ -30,7 +31,9 @@ def main() -> None:
         )
     else:
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
+    )
     model.generate(
         **inputs.to(model.device),
         **sampling,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from autoq import AutoQForCausalLM
 from transformers import AutoTokenizer
+
+from autoq import AutoQForCausalLM
 
 
 def main() -> None:

@@ -45,8 +45,10 @@ class Variant:
 
 
 def _llama(kind: type[PretrainedConfig] = LlamaConfig, **changes: object) -> PretrainedConfig:
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "num_key_value_heads": 4, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 128}  # fmt: skip
+    settings = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 128,
+    }  # fmt: skip
     return kind(**{**settings, **changes})
 
 
@@ -62,7 +64,12 @@ def _bloom(**changes: object) -> PretrainedConfig:
 
 def _mpt(**attention: object) -> PretrainedConfig:
     return MptConfig(
-        d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=VOCABULARY, attn_config={"alibi": True, **attention}
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=128,
+        vocab_size=VOCABULARY,
+        attn_config={"alibi": True, **attention},
     )
 
 

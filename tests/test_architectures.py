@@ -6,16 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
+from families import VARIANTS, VOCABULARY, Variant
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedModel
+
 from autoq.architectures import ScaleGroup, all_architectures, architecture_of, mpt
 from autoq.architectures.base import named_linears
 from autoq.errors import ArchitectureError
 from autoq.nn import ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.quantization.awq import fold_scale
-from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel
-
-from families import VARIANTS, VOCABULARY, Variant
 
 by_name = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
@@ -31,7 +31,9 @@ def _fold_random_scales(model: PreTrainedModel, groups: list[ScaleGroup], seed: 
             table = torch.empty(max(4 * channels, 1), dtype=torch.float64).uniform_(0.2, 5.0, generator=generator)
             scale = table[:channels] if rows is None else table[rows]
             if group.activation:
-                replace_module(block, group.prev, ScaledActivation(block.get_submodule(group.prev), channels, torch.float64))
+                replace_module(
+                    block, group.prev, ScaledActivation(block.get_submodule(group.prev), channels, torch.float64)
+                )
             fold_scale(block.get_submodule(group.prev), linears, scale, rows)
 
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from autoq import AutoQForCausalLM
-from autoq.errors import ArchitectureError, AutoQError, ConfigError
-from autoq.loading import load_quantized
-from autoq.nn import QuantLinear
+from families import FAMILIES, Variant
+from test_pipeline import quantized, samples, variant
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -24,8 +22,10 @@ from transformers import (
     TextStreamer,
 )
 
-from families import FAMILIES, Variant
-from test_pipeline import quantized, samples, variant
+from autoq import AutoQForCausalLM
+from autoq.errors import ArchitectureError, AutoQError, ConfigError
+from autoq.loading import load_quantized
+from autoq.nn import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
 each_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
@@ -153,7 +153,17 @@ def test_disk_offload_and_device_maps(case: Variant, tmp_path: Path) -> None:
     blocks = architecture_blocks.get(case.config.model_type, "transformer.h")
     split = {"": "cpu", f"{blocks}.1": "disk"}
     whole = {name: "cpu" for name, _ in model.model.named_modules() if name.startswith(f"{blocks}.0")}
-    for device_map in (split, {"": "cpu"}, {"": "disk"}, "cpu", torch.device("cpu"), "sequential", "balanced", "auto", None):
+    for device_map in (
+        split,
+        {"": "cpu"},
+        {"": "disk"},
+        "cpu",
+        torch.device("cpu"),
+        "sequential",
+        "balanced",
+        "auto",
+        None,
+    ):
         loaded = AutoQForCausalLM.from_quantized(
             tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload"
         )
@@ -196,15 +206,15 @@ def test_options_of_autoawq(llama: Path) -> None:
         AutoQForCausalLM.from_quantized(llama, device_map="cpu", fuse_layers=True, max_seq_len=512)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         AutoQForCausalLM.from_quantized(llama, nonsense=1)
-    with pytest.raises(ConfigError, match="torch_dtype is torch.int8"):
+    with pytest.raises(ConfigError, match=r"torch_dtype is torch\.int8"):
         AutoQForCausalLM.from_quantized(llama, torch_dtype=torch.int8)
 
 
 def test_from_pretrained_refuses_what_it_cannot_quantize(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantized already"):
         AutoQForCausalLM.from_pretrained(llama)
-    BertForMaskedLM(BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=50)
-                    ).save_pretrained(tmp_path / "bert")  # fmt: skip
+    config = BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=50)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(ArchitectureError, match="'bert'"):
         AutoQForCausalLM.from_pretrained(tmp_path / "bert")
 
@@ -241,7 +251,9 @@ def test_hub_names_go_through_the_cache(llama: Path, tmp_path: Path) -> None:
     for path in llama.iterdir():
         (repository / "blobs" / path.name).write_bytes(path.read_bytes())
         os.symlink(f"../../blobs/{path.name}", snapshot / path.name)
-    model = AutoQForCausalLM.from_quantized("someone/tiny-awq", cache_dir=tmp_path, local_files_only=True, device_map="cpu")
+    model = AutoQForCausalLM.from_quantized(
+        "someone/tiny-awq", cache_dir=tmp_path, local_files_only=True, device_map="cpu"
+    )
     assert any(isinstance(module, QuantLinear) for module in model.modules())
 
 
@@ -252,9 +264,7 @@ def test_importing_fetches_nothing_and_is_quiet() -> None:
 
 
 def test_loaded_models_are_plain_to_transformers(llama: Path) -> None:
-    model, config = load_quantized(
-        llama, device_map="cpu", torch_dtype="auto", max_memory=None, offload_folder=None
-    )
+    model, config = load_quantized(llama, device_map="cpu", torch_dtype="auto", max_memory=None, offload_folder=None)
     assert config.bits == 4
     assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
     assert getattr(model.config, "quantization_config", None) is None

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from autoq.nn import ScaledActivation
 from autoq.quantization import awq
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.weight import fake_quantize
-from torch import Tensor, nn
 
 round_to_3_bits = partial(fake_quantize, bits=3, group_size=32)
 

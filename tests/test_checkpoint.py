@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from families import VARIANTS, Variant
+from safetensors.torch import load_file, save_file
+from test_pipeline import quantized, samples, variant
+from torch import Tensor
+
 from autoq import AutoQForCausalLM
 from autoq.checkpoint import write_checkpoint
 from autoq.errors import AutoQError, CheckpointError
 from autoq.nn import QuantLinear
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from families import FAMILIES, VARIANTS, Variant
-from test_pipeline import quantized, samples, variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
 
@@ -192,6 +192,11 @@ def _index(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     _edit_json(directory / "model.safetensors.index.json", edit)
 
 
+def _place(directory: Path, file: Any) -> None:
+    """Lets the index place a tensor x in a file (None: in the first shard)."""
+    _index(directory, lambda index: index["weight_map"].update(x=file or min(index["weight_map"].values())))
+
+
 def _config(directory: Path, **changes: Any) -> None:
     _edit_json(directory / "config.json", lambda config: config.update(changes))
 
@@ -237,17 +242,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other width": (lambda d: _config(d, intermediate_size=128), "asks for"),
     "other vocabulary": (lambda d: _config(d, vocab_size=999), "asks for"),
     "more layers": (lambda d: _config(d, num_hidden_layers=3), "has no tensor model.layers.2"),
-    "index path up": (lambda d: _index(d, lambda i: i["weight_map"].update({"x": "../evil.safetensors"})), "same directory"),
-    "index path absolute": (lambda d: _index(d, lambda i: i["weight_map"].update({"x": "/etc/x.safetensors"})), "same dir"),
-    "index path windows": (lambda d: _index(d, lambda i: i["weight_map"].update({"x": "..\\e.safetensors"})), "same dir"),
-    "index to a pickle": (lambda d: _index(d, lambda i: i["weight_map"].update({"x": "x.bin"})), "same directory"),
-    "index mistyped": (lambda d: _index(d, lambda i: i["weight_map"].update({"x": 3})), "same directory"),
+    "index path up": (lambda d: _place(d, "../evil.safetensors"), "same directory"),
+    "index path absolute": (lambda d: _place(d, "/etc/x.safetensors"), "same dir"),
+    "index path windows": (lambda d: _place(d, "..\\e.safetensors"), "same dir"),
+    "index to a pickle": (lambda d: _place(d, "x.bin"), "same directory"),
+    "index mistyped": (lambda d: _place(d, 3), "same directory"),
     "index empty": (lambda d: _index(d, lambda i: i.update(weight_map={})), "no weight_map"),
-    "index names absent": (
-        lambda d: _index(d, lambda i: i["weight_map"].update({"x": min(i["weight_map"].values())})), "lacks the tensor x"
-    ),
+    "index names absent": (lambda d: _place(d, None), "lacks the tensor x"),
     "renamed codes": (lambda d: _rename_in(d, f"{Q}.qweight", f"{Q}.weights"), "has no tensor .*q_proj"),
-    "renamed norm": (lambda d: _rename_in(d, "model.norm.weight", "model.norm.scale"), "has no tensor model.norm.weight"),
+    "renamed norm": (lambda d: _rename_in(d, "model.norm.weight", "model.norm.scale"), "no tensor model.norm.weight"),
     "missing zeros": (lambda d: _edit_tensors(d, lambda t: t.pop(f"{Q}.qzeros")), "has no tensor .*q_proj.qzeros"),
     "codes of other dtype": (lambda d: _replace_in(d, f"{Q}.qweight", lambda t: t.long()), "asks for torch.int32"),
     "codes of other shape": (lambda d: _replace_in(d, f"{Q}.qweight", lambda t: t[:-1]), "asks for"),
@@ -277,9 +280,9 @@ def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         AutoQForCausalLM.from_quantized(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         AutoQForCausalLM.from_quantized(tmp_path)
-    with pytest.raises(CheckpointError, match="neither a directory nor a hub repository"):
+    with pytest.raises(CheckpointError, match=r"neither a directory nor a hub repository"):
         AutoQForCausalLM.from_quantized(tmp_path / "nothing", local_files_only=True)
 
 
@@ -292,7 +295,9 @@ def test_scaled_activations_of_the_wrong_shape(tmp_path: Path) -> None:
 
 
 def test_extra_tensors_of_older_transformers_are_no_problem(copy: Path) -> None:
-    _edit_tensors(copy, lambda tensors: tensors.__setitem__("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)))
+    _edit_tensors(
+        copy, lambda tensors: tensors.__setitem__("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    )
     AutoQForCausalLM.from_quantized(copy, device_map="cpu")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from autoq.quantization import compensation
 from autoq.quantization.awq import output_error
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.weight import QuantizedWeight, dequantize, quantize
-from torch import Tensor
 
 
 def _data(channels: int = 64, rows: int = 20) -> tuple[Tensor, Tensor]:

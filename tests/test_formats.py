@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from autoq.errors import ConfigError
 from autoq.formats import LinearSpec, all_formats, get_format
 from autoq.quantization.weight import QuantizedWeight, quantize
-from torch import Tensor
 
 CASES = [
     (name, bits, group_size, shape)
@@ -53,7 +54,7 @@ def test_round_trip(name: str, bits: int, group_size: int, shape: tuple[int, int
 
 
 def test_gemm_puts_column_c_in_its_nibble() -> None:
-    weight, spec = _case(4, 16, (16, 32), True)
+    weight, _spec = _case(4, 16, (16, 32), True)
     tensors = get_format("gemm").pack(weight)
     for k in range(32):
         for n in range(16):
@@ -67,7 +68,7 @@ def test_gemm_puts_column_c_in_its_nibble() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_dense_is_a_bit_stream_without_waste(bits: int) -> None:
-    weight, spec = _case(bits, -1, (3, 37), True)
+    weight, _spec = _case(bits, -1, (3, 37), True)
     stream = get_format("dense").pack(weight)["qweight"]
     assert stream.shape[1] == (37 * bits + 7) // 8
     for row in range(3):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from autoq.errors import QuantizationError
 from autoq.quantization.weight import SUPPORTED_BITS, QuantizedWeight, dequantize, fake_quantize, quantize
-from torch import Tensor
 
 each_setting = pytest.mark.parametrize("bits", SUPPORTED_BITS)
 each_range = pytest.mark.parametrize("zero_point", [True, False])

@@ -17,7 +17,7 @@ from autoq.nn.activation import ScaledActivation
 
 FakeQuantize = Callable[[Tensor], Tensor]
 
-# The paper's grids: 20 ratios between weight and activation magnitude, and 10 ranges down to half of the largest weight.
+# The paper's grids: 20 ratios between weight and activation magnitude, 10 ranges down to half the largest weight.
 SCALE_GRID = tuple(i / 20 for i in range(20))
 CLIP_GRID = tuple(1 - i / 20 for i in range(10))
 
@@ -91,9 +91,7 @@ def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, cand
     return candidates[int(errors.argmin())]
 
 
-def fold_scale(
-    prev: nn.Module, linears: Sequence[nn.Linear], scale: Tensor, rows: Tensor | None = None
-) -> Tensor:
+def fold_scale(prev: nn.Module, linears: Sequence[nn.Linear], scale: Tensor, rows: Tensor | None = None) -> Tensor:
     """Multiplies the linears' input channels by `scale` and makes the previous operation divide by it.
 
     prev: a norm, a linear or a ScaledActivation.
@@ -150,8 +148,9 @@ def search_clip(
     size = weight.shape[1] if group_size == -1 else group_size
     count = weight.shape[1] // size
     blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return torch.cat([_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid)
-                      for rows in _row_chunks(weight)])
+    return torch.cat(
+        [_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid) for rows in _row_chunks(weight)]
+    )
 
 
 def _search_clip_rows(groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize, grid: Sequence[float]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -99,7 +99,9 @@ class _Plan:
             self.left_alone[name] = "listed in modules_to_not_convert"
         elif size is None:
             smaller = "nor a smaller one " if config.indivisible == "smaller" else ""
-            self.left_alone[name] = f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
+            self.left_alone[name] = (
+                f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
+            )
         else:
             groups = linear.in_features if size == -1 else size
             spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
@@ -108,6 +110,13 @@ class _Plan:
                 self.group_sizes[name] = size
             else:
                 self.left_alone[name] = obstacle
+
+    @property
+    def groups(self) -> list[ScaleGroup]:
+        """The groups whose scales this run searches."""
+        if not self.config.apply_scale:
+            return []
+        return self.architecture.groups(self.model_config, self.config.scale_activations)
 
     @property
     def other_group_sizes(self) -> dict[str, int]:
@@ -162,14 +171,12 @@ def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequen
         found.keywords.append(kwargs)
         raise _FirstBlockReached
 
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in _batches(samples):
-            try:
+            with suppress(_FirstBlockReached):
                 model(input_ids=batch.to(device), use_cache=False)
-            except _FirstBlockReached:
-                pass
     finally:
         handle.remove()
     return found
@@ -185,9 +192,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def _input_hooks(
-    block: nn.Module, leaders: Iterable[str], statistics: dict[str, InputStatistics]
-) -> Iterator[None]:
+def _input_hooks(block: nn.Module, leaders: Iterable[str], statistics: dict[str, InputStatistics]) -> Iterator[None]:
     """While open, adds the inputs of the linears named in `leaders` to their statistics."""
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -207,9 +212,7 @@ def _input_hooks(
             handle.remove()
 
 
-def _observe(
-    block: nn.Module, prefix: str, activations: _Activations, plan: _Plan
-) -> dict[str, InputStatistics]:
+def _observe(block: nn.Module, prefix: str, activations: _Activations, plan: _Plan) -> dict[str, InputStatistics]:
     """Sends the activations through the block, in place; returns the statistics of every linear's inputs.
 
     Linears of one scale group read the same activation, so one of them is observed for all.
@@ -241,7 +244,7 @@ def _quantize_block(
 ) -> list[LinearReport]:
     """Searches, folds and rounds one block; its quantized linears become QuantLinear."""
     work = {leaf: _LinearWork(linear, f"{prefix}.{leaf}") for leaf, linear in named_linears(block)}
-    for group in plan.architecture.groups(plan.model_config, plan.config.scale_activations):
+    for group in plan.groups:
         _scale_group(block, prefix, group, statistics[group.linears[0]], work, plan)
     reports = []
     inputs: dict[int, _ScaledInputs] = {}
@@ -362,8 +365,8 @@ def _warn_if_undercalibrated(report: QuantizationReport, widths: dict[str, int])
     if starved:
         worst = max(starved, key=lambda entry: widths[entry.name] / max(entry.tokens, 1))
         warnings.warn(
-            f"too little calibration data: {len(starved)} of {len(report.quantized)} linears saw fewer tokens than they "
-            f"have input channels ({worst.name}: {worst.tokens} tokens, {widths[worst.name]} channels); the scales are "
-            "unreliable. Give more or longer samples (calib_data, max_calib_samples, max_calib_seq_len).",
+            f"too little calibration data: {len(starved)} of {len(report.quantized)} linears saw fewer tokens than "
+            f"they have input channels ({worst.name}: {worst.tokens} tokens, {widths[worst.name]} channels); the "
+            "scales are unreliable. Give more or longer samples (calib_data, max_calib_samples, max_calib_seq_len).",
             stacklevel=4,
         )

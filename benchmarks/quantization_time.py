@@ -1,0 +1,98 @@
+"""Time and peak memory of quantizing: autoq beside AutoAWQ, on one model and the same tokens, in one run.
+
+    python benchmarks/quantization_time.py --autoawq PYTHON [--layers 2] [--samples 16] [--length 512]
+
+The model has TinyLlama-1.1B's shape in bf16 with random weights. Both walk the blocks one by one and spend the same on
+each, so `--layers` cuts the run short without changing the ratio; what is printed says how many were run. PYTHON is
+that of an environment with AutoAWQ (see autoawq_worker.py). Each runs in a process of its own, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import random_model
+
+from autoq import AutoQForCausalLM, __version__
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.worker:
+        print(json.dumps(_autoq(arguments)))
+        return
+    options = ["--layers", arguments.layers, "--samples", arguments.samples]
+    worker = [arguments.autoawq, Path(__file__).with_name("autoawq_worker.py"), "time"]
+    results = {
+        "autoq": _run([sys.executable, __file__, "--worker", *options, "--length", arguments.length]),
+        "AutoAWQ": _run([*worker, *options, "--seq-len", arguments.length]),
+    }
+    text = _table(results, arguments)
+    print(text)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    arguments.output.with_suffix(".md").write_text(text + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--autoawq", type=Path, help="Python of an environment with AutoAWQ")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the model, of TinyLlama's 22")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quantization_time"))
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.autoawq is None and not arguments.worker:
+        parser.error("--autoawq is missing: the Python of an environment with AutoAWQ")
+    return arguments
+
+
+def _run(command: list[Any]) -> dict[str, Any]:
+    output = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return result
+
+
+def _autoq(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = AutoQForCausalLM(random_model("tinyllama-1.1b", torch.bfloat16, arguments.layers))
+    generator = torch.Generator().manual_seed(0)  # the tokens autoawq_worker.py draws
+    tokens = torch.randint(model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
+    before = _peak()
+    start = time.perf_counter()
+    model.quantize(
+        None, {}, tokens, max_calib_samples=arguments.samples, max_calib_seq_len=arguments.length, progress=False
+    )
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_rss_before": before, "peak_rss": _peak(), "versions": {"autoq": __version__}}
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
+    lines = [
+        f"Quantizing {arguments.layers} of the 22 blocks of TinyLlama-1.1B's shape to w4g128, bf16, "
+        f"{arguments.samples} x {arguments.length} tokens, {torch.get_num_threads()} threads.",
+        "",
+        "| | seconds | peak memory (GB) | of it before quantizing (GB) |",
+        "|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        memory = f"{result['peak_rss'] / 1e9:.2f} | {result['peak_rss_before'] / 1e9:.2f}"
+        lines.append(f"| {name} | {result['seconds']:.1f} | {memory} |")
+    lines += ["", f"autoq is {results['AutoAWQ']['seconds'] / results['autoq']['seconds']:.1f} times as fast."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
