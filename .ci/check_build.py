@@ -9,6 +9,7 @@ from pathlib import Path
 
 def main() -> str | None:
     import torch  # noqa: F401  (the extension needs torch's libraries loaded)
+
     from autoq import _C
 
     info = _C.build_info()

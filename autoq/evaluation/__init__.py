@@ -1,5 +1,7 @@
 """Measures models: perplexity, divergence from a reference, speed."""
 
+from __future__ import annotations
+
 from autoq.evaluation.divergence import compare, kl_divergence
 from autoq.evaluation.perplexity import perplexity
 from autoq.evaluation.speed import measure_generation, model_bytes

@@ -1,9 +1,9 @@
 """autoq's own layout (`version: dense`): any width, no padding but to the byte at the end of a row.
 
-    qweight  uint8 [out, ceil(in * bits / 8)]      each row a bit stream, least significant bit first:
-                                                   code k is bits k * bits .. (k + 1) * bits - 1
-    qzeros   uint8 [out, ceil(groups * bits / 8)]  likewise; absent for symmetric weights
-    scales   fp16  [out, groups]
+qweight  uint8 [out, ceil(in * bits / 8)]      each row a bit stream, least significant bit first:
+                                               code k is bits k * bits .. (k + 1) * bits - 1
+qzeros   uint8 [out, ceil(groups * bits / 8)]  likewise; absent for symmetric weights
+scales   fp16  [out, groups]
 """
 
 from __future__ import annotations

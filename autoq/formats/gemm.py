@@ -1,8 +1,8 @@
 """AutoAWQ's GEMM layout (`version: gemm`): 4 bits, read by AutoAWQ, vLLM, SGLang and transformers.
 
-    qweight  int32 [in, out / 8]      a word holds one input's codes for eight outputs
-    qzeros   int32 [groups, out / 8]  likewise, zero points as they are
-    scales   fp16  [groups, out]
+qweight  int32 [in, out / 8]      a word holds one input's codes for eight outputs
+qzeros   int32 [groups, out / 8]  likewise, zero points as they are
+scales   fp16  [groups, out]
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The modules quantized models are made of."""
 
+from __future__ import annotations
+
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.linear import QuantLinear
 

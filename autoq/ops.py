@@ -1,0 +1,392 @@
+"""The operators of the package: the packed layout, their schemas, their reference in plain torch and their autograd.
+
+Every operator runs on every device through its reference; the native extension `autoq._C` (csrc/) replaces it by fast
+kernels where it is installed. The packed layout is drawn in csrc/layout.h:
+
+    codes  int32 [row_blocks, units, bits, 16]   blocks of 16 output rows, units of 32 input columns
+    scales fp16  [row_blocks, groups, 16]
+    zeros  uint8 [row_blocks, groups, 16]
+
+A row's words of a unit hold its codes in order, the first in the lowest bits. Codes of 3 bits are cut into a plane of
+their low two bits (two words) and one of their high bit (one word).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autoq.errors import OperatorError
+from autoq.quantization import weight as quantized
+from autoq.quantization.weight import SUPPORTED_BITS, QuantizedWeight
+
+LANES = 16
+UNIT = 32
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Widths of the planes into which codes are cut; a plane of width w takes w words of a unit.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+# The reference dequantizes this many weights at a time, so that it needs no dense copy of a large layer.
+_REFERENCE_PANEL = 2**25
+
+
+class PackedWeight(NamedTuple):
+    """A quantized weight `[out, in]` in the packed layout; padding is zero.
+
+    codes: int32 `[ceil(out / 16), ceil(in / 32), bits, 16]`.
+    scales: fp16 `[ceil(out / 16), groups, 16]`.
+    zeros: uint8 `[ceil(out / 16), groups, 16]`, explicit also for symmetric quantization.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+# ---- the extension ---------------------------------------------------------------------------------------------------
+
+
+def _load_extension() -> str | None:
+    """Imports the native extension, which registers its kernels. Returns why it could not be, or None."""
+    try:
+        importlib.import_module("autoq._C")
+    except ModuleNotFoundError:
+        return "is not installed"
+    except ImportError as error:
+        return f"cannot be loaded ({error})"
+    return None
+
+
+_INSTALL = "To build it, run `pip install --no-build-isolation .` where torch and a C++ compiler are installed."
+_extension_warning: str | None = None
+
+
+def extension_missing() -> str | None:
+    """Why the native extension is not in use, or None when it is."""
+    return _extension_problem
+
+
+def _warn_once(device: torch.device) -> None:
+    """Says once that the slow path is taken, when an operator first takes it for want of the extension."""
+    global _extension_warning
+    if _extension_warning is not None:
+        return
+    if _extension_problem is not None:
+        _extension_warning = f"autoq's native extension {_extension_problem}, so its operators run slowly. {_INSTALL}"
+    elif device.type == "cuda":
+        _extension_warning = f"autoq's native extension was built without CUDA kernels, so it runs slowly. {_INSTALL}"
+    else:
+        return
+    warnings.warn(_extension_warning, RuntimeWarning, stacklevel=3)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_groups(groups: int, in_features: int) -> None:
+    if groups == 1:
+        return
+    if groups < 1 or in_features % groups or (in_features // groups) % LANES:
+        raise OperatorError(
+            f"{groups} groups do not cut {in_features} input features into groups of a multiple of {LANES}; "
+            f"use a group size that is a multiple of {LANES} and divides the input features, or one group"
+        )
+
+
+def _check_parameters(name: str, tensor: Tensor, dtype: torch.dtype, row_blocks: int) -> None:
+    if tensor.dtype != dtype:
+        raise OperatorError(f"{name} are {tensor.dtype} but must be {dtype}; make them with autoq.ops.pack")
+    if tensor.ndim != 3 or tensor.shape[0] != row_blocks or tensor.shape[2] != LANES:
+        raise OperatorError(
+            f"{name} have the shape {list(tensor.shape)} but must have [{row_blocks}, groups, {LANES}] for this many "
+            "output features; make them with autoq.ops.pack"
+        )
+
+
+def _check_packed(packed: PackedWeight, bits: int, out_features: int, in_features: int) -> None:
+    """Raises OperatorError unless the tensors are a packed weight of this shape."""
+    if bits not in SUPPORTED_BITS:
+        raise OperatorError(f"bits is {bits} but must be one of {SUPPORTED_BITS}")
+    if out_features < 1 or in_features < 1:
+        raise OperatorError(f"a weight of shape [{out_features}, {in_features}] is empty; both must be positive")
+    codes, scales, zeros = packed
+    row_blocks, units = -(-out_features // LANES), -(-in_features // UNIT)
+    if codes.dtype != torch.int32:
+        raise OperatorError(f"codes are {codes.dtype} but must be torch.int32; make them with autoq.ops.pack")
+    if tuple(codes.shape) != (row_blocks, units, bits, LANES):
+        raise OperatorError(
+            f"codes have the shape {list(codes.shape)} but {out_features} output features, {in_features} input "
+            f"features and {bits} bits want [{row_blocks}, {units}, {bits}, {LANES}]; pack the weight for them"
+        )
+    _check_parameters("scales", scales, torch.float16, row_blocks)
+    _check_parameters("zeros", zeros, torch.uint8, row_blocks)
+    if zeros.shape[1] != scales.shape[1]:
+        raise OperatorError(
+            f"zeros have {zeros.shape[1]} groups but scales have {scales.shape[1]}; both must have the same number"
+        )
+    _check_groups(scales.shape[1], in_features)
+    if not codes.device == scales.device == zeros.device:
+        raise OperatorError(
+            f"codes are on {codes.device}, scales on {scales.device} and zeros on {zeros.device}; "
+            "move them to the same device"
+        )
+
+
+def _check_linear(input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int) -> None:
+    if input.ndim < 1:
+        raise OperatorError("input has no dimension but its last one must be the input features; reshape it")
+    if input.dtype not in SUPPORTED_DTYPES:
+        raise OperatorError(f"input is {input.dtype} but must be one of {SUPPORTED_DTYPES}; convert it")
+    _check_packed(packed, bits, out_features, input.shape[-1])
+    if input.device != packed.codes.device:
+        raise OperatorError(f"input is on {input.device} but the weight on {packed.codes.device}; move one of them")
+    if bias is None:
+        return
+    if tuple(bias.shape) != (out_features,):
+        raise OperatorError(
+            f"bias has the shape {list(bias.shape)} but must have [{out_features}], one value per output feature"
+        )
+    if bias.dtype != input.dtype:
+        raise OperatorError(f"bias is {bias.dtype} but must have the input's dtype, {input.dtype}; convert it")
+    if bias.device != input.device:
+        raise OperatorError(f"bias is on {bias.device} but the input on {input.device}; move one of them")
+
+
+def _check_dequantize(packed: PackedWeight, bits: int, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    if dtype not in SUPPORTED_DTYPES:
+        raise OperatorError(f"the dtype is {dtype} but must be one of {SUPPORTED_DTYPES}; ask for one of them")
+    _check_packed(packed, bits, out_features, in_features)
+
+
+# ---- the layout ------------------------------------------------------------------------------------------------------
+
+
+def _pack_plane(fields: Tensor, width: int) -> Tensor:
+    """Fields of `width` bits, uint8 `[rows, columns]`, as words, int32 `[row_blocks, units, width, 16]`."""
+    rows, columns = fields.shape
+    parts = fields.view(rows, -1, 8 // width)
+    packed = parts[:, :, 0].clone()
+    for i in range(1, 8 // width):
+        packed |= parts[:, :, i] << (width * i)
+    words = packed.view(torch.int32).view(rows // LANES, LANES, columns // UNIT, width)
+    return words.permute(0, 2, 3, 1)
+
+
+def _unpack_plane(words: Tensor, width: int) -> Tensor:
+    """The inverse of `_pack_plane`."""
+    row_blocks, units, _, lanes = words.shape
+    # A clone, because `contiguous` leaves strides of dimensions of size 1 as they are, and `view` objects to them.
+    words = words.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+    packed = words.view(torch.uint8).view(row_blocks * lanes, -1)
+    if width == 8:
+        return packed
+    fields = packed.new_empty(*packed.shape, 8 // width)
+    for i in range(8 // width):
+        torch.bitwise_and(packed >> (width * i), 2**width - 1, out=fields[:, :, i])
+    return fields.view(row_blocks * lanes, units * UNIT)
+
+
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
+    out_features, in_features = codes.shape
+    codes = functional.pad(codes, (0, -in_features % UNIT, 0, -out_features % LANES)).contiguous()
+    planes, shift = [], 0
+    for width in _PLANES[bits]:
+        planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
+        shift += width
+    return torch.cat(planes, dim=2)
+
+
+def _unpack_codes(words: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
+    codes, shift = None, 0
+    for width, plane in zip(_PLANES[bits], words.split(_PLANES[bits], dim=2), strict=True):
+        fields = _unpack_plane(plane, width) << shift
+        codes = fields if codes is None else codes.bitwise_or_(fields)
+        shift += width
+    assert codes is not None
+    return codes[:out_features, :in_features].contiguous()
+
+
+def _pack_parameters(parameters: Tensor) -> Tensor:
+    """`[out, groups]` as `[row_blocks, groups, 16]`."""
+    padded = functional.pad(parameters, (0, 0, 0, -parameters.shape[0] % LANES))
+    return padded.view(-1, LANES, parameters.shape[1]).transpose(1, 2).contiguous()
+
+
+def _unpack_parameters(packed: Tensor, out_features: int) -> Tensor:
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features].contiguous()
+
+
+def pack(weight: QuantizedWeight) -> PackedWeight:
+    """A quantized weight in the layout of the operators, on the device of its codes.
+
+    Scales that are not fp16 are rounded to it; otherwise `unpack` gives back the same weight, bit for bit.
+
+    Raises OperatorError when the bits, dtypes, shapes or group size are not those of a weight that the operators take,
+    when a code does not fit its bits, or when a scale is too large for fp16.
+    """
+    codes, scales, bits = weight.codes, weight.scales, weight.bits
+    if bits not in SUPPORTED_BITS:
+        raise OperatorError(f"bits is {bits} but must be one of {SUPPORTED_BITS}")
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.numel() == 0:
+        raise OperatorError(f"codes are {codes.dtype} {list(codes.shape)} but must be torch.uint8 [out, in], not empty")
+    zeros = weight.explicit_zeros()
+    if scales.ndim != 2 or scales.shape[0] != codes.shape[0] or zeros.shape != scales.shape:
+        raise OperatorError(
+            f"scales have the shape {list(scales.shape)} and zeros {list(zeros.shape)} but both must have "
+            f"[{codes.shape[0]}, groups], one row per output feature"
+        )
+    if zeros.dtype != torch.uint8:
+        raise OperatorError(f"zeros are {zeros.dtype} but must be torch.uint8")
+    _check_groups(scales.shape[1], codes.shape[1])
+    half_scales = scales.half()
+    if not codes.is_meta:
+        if int(codes.max()) >= 2**bits:
+            raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
+        if bool((half_scales.isinf() & scales.isfinite()).any()):
+            raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
+    return PackedWeight(_pack_codes(codes, bits), _pack_parameters(half_scales), _pack_parameters(zeros))
+
+
+def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int, symmetric: bool) -> QuantizedWeight:
+    """The inverse of `pack`.
+
+    symmetric: whether the weight was quantized symmetrically, so that its zeros are left implicit (None).
+
+    Raises OperatorError when the tensors are not a packed weight of this shape.
+    """
+    _check_packed(packed, bits, out_features, in_features)
+    return QuantizedWeight(
+        codes=_unpack_codes(packed.codes, bits, out_features, in_features),
+        scales=_unpack_parameters(packed.scales, out_features),
+        zeros=None if symmetric else _unpack_parameters(packed.zeros, out_features),
+        bits=bits,
+    )
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("autoq", "DEF")
+_library.define(
+    "linear(Tensor input, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int out_features) "
+    "-> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.define(
+    "dequantize(Tensor codes, Tensor scales, Tensor zeros, int bits, int out_features, int in_features, "
+    "ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def _reference_dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    packed = PackedWeight(codes, scales, zeros)
+    _check_dequantize(packed, bits, out_features, in_features, dtype)
+    _warn_once(codes.device)
+    return quantized.dequantize(unpack(packed, bits, out_features, in_features, symmetric=False), dtype)
+
+
+def _reference_linear(
+    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    """Dequantizes panels of output rows and multiplies with torch, on the CPU in fp32, else in the input's dtype."""
+    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features)
+    in_features = input.shape[-1]
+    compute = torch.float32 if input.device.type == "cpu" else input.dtype
+    columns = input.to(compute)
+    step = max(1, _REFERENCE_PANEL // (in_features * LANES))
+    panels = []
+    for block in range(0, codes.shape[0], step):
+        part = slice(block, block + step)
+        rows = min(out_features, (block + step) * LANES) - block * LANES
+        dense = _dequantize(codes[part], scales[part], zeros[part], bits, rows, in_features, compute)
+        panel_bias = None if bias is None else bias[block * LANES : block * LANES + rows].to(compute)
+        panels.append(functional.linear(columns, dense, panel_bias).to(input.dtype))
+    return torch.cat(panels, dim=-1)
+
+
+def _fake_dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    _check_dequantize(PackedWeight(codes, scales, zeros), bits, out_features, in_features, dtype)
+    return codes.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _fake_linear(
+    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features)
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, codes, scales, zeros, _, bits, out_features = inputs
+    ctx.save_for_backward(codes, scales, zeros)
+    ctx.bits, ctx.out_features, ctx.in_features = bits, out_features, input.shape[-1]
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient to the input, through a weight that is dense only while it is used, and to the bias."""
+    grad_input = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = _dequantize(*ctx.saved_tensors, ctx.bits, ctx.out_features, ctx.in_features, grad.dtype)
+        grad_input = grad @ dense
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, ctx.out_features).sum(0)
+    return grad_input, None, None, None, grad_bias, None, None
+
+
+_library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
+_library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
+torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
+torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
+_extension_problem = _load_extension()
+
+_dequantize = torch.ops.autoq.dequantize.default
+_linear = torch.ops.autoq.linear.default
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+def linear(input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int) -> Tensor:
+    """`input @ W.T + bias` for a packed weight W `[out_features, in]`.
+
+    input: fp32, bf16 or fp16 `[..., in]`, any number of rows.
+    bias: the input's dtype, `[out_features]`, or None.
+
+    Returns `[..., out_features]` in the input's dtype, accumulated in fp32. Differentiable in the input and the bias.
+
+    Raises OperatorError when a tensor has the wrong shape, dtype or device.
+    """
+    try:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features)
+        # Without gradients the autograd layer, which is Python and costs as much as the rest of the call, is skipped.
+        with _below_autograd():
+            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features)
+    except RuntimeError:
+        # The kernels check everything themselves; only when one refuses is the time spent to say what was wrong.
+        _check_linear(input, packed, bias, bits, out_features)
+        raise
+
+
+def dequantize(
+    packed: PackedWeight, bits: int, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The dense weight `(q - z) * s`, `[out_features, in_features]`, computed in fp32 and rounded once to `dtype`.
+
+    Raises OperatorError when a tensor has the wrong shape, dtype or device.
+    """
+    try:
+        return _dequantize(packed.codes, packed.scales, packed.zeros, bits, out_features, in_features, dtype)
+    except RuntimeError:
+        _check_dequantize(packed, bits, out_features, in_features, dtype)
+        raise

@@ -1,0 +1,389 @@
+// The kernels for AVX2, with FMA and F16C. One register holds the same columns of 8 output rows, half a block.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define AUTOQ_TARGET __attribute__((target("avx2,fma,f16c")))
+#define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
+
+namespace autoq::cpu {
+namespace {
+
+constexpr int kWidth = 8;
+
+AUTOQ_INLINE __m256 load_eight(const void* data, Float dtype, int64_t index) {
+    if (dtype == Float::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(data) + index);
+    const uint16_t* address = static_cast<const uint16_t*>(data) + index;
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(address));
+    if (dtype == Float::kFloat16) return _mm256_cvtph_ps(bits);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// Eight values as fp32; at most `count` are read, the others are zero.
+AUTOQ_INLINE __m256 load_values(const void* data, Float dtype, int64_t index, int64_t count) {
+    if (count >= kWidth) return load_eight(data, dtype, index);
+    alignas(32) float values[kWidth] = {0};
+    for (int64_t i = 0; i < count; ++i) values[i] = load_float(data, dtype, index + i);
+    return _mm256_load_ps(values);
+}
+
+AUTOQ_INLINE void store_eight(void* data, Float dtype, int64_t index, __m256 values) {
+    if (dtype == Float::kFloat32) return _mm256_storeu_ps(static_cast<float*>(data) + index, values);
+    __m128i* address = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(data) + index);
+    if (dtype == Float::kFloat16) {
+        return _mm_storeu_si128(address, _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+    }
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(address, _mm256_castsi256_si128(packed));
+}
+
+AUTOQ_INLINE void store_values(void* data, Float dtype, int64_t index, int64_t count, __m256 values) {
+    if (count >= kWidth) return store_eight(data, dtype, index, values);
+    alignas(32) float lanes[kWidth];
+    _mm256_store_ps(lanes, values);
+    for (int64_t i = 0; i < count; ++i) store_float(data, dtype, index + i, lanes[i]);
+}
+
+AUTOQ_INLINE __m256i load_words(const uint32_t* words) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+AUTOQ_INLINE uint32_t largest_lane(__m256i lanes) {
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+
+AUTOQ_INLINE float sum_of_lanes(__m128i lanes) {
+    lanes = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
+    lanes = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0xb1));
+    return static_cast<float>(_mm_cvtsi128_si32(lanes));
+}
+
+// The low byte of each of sixteen 32-bit lanes, in order.
+AUTOQ_INLINE __m128i low_bytes(__m256i first, __m256i second) {
+    const __m256i mask = _mm256_set1_epi32(255);
+    const __m256i pairs = _mm256_packus_epi32(_mm256_and_si256(first, mask), _mm256_and_si256(second, mask));
+    const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
+    return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+}
+
+template <int DIGITS>
+AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                                int64_t row, int64_t block, int64_t begin, int64_t end, __m128i order) {
+    __m256 values[2 * kBlockHalves];
+    __m256i largest = _mm256_setzero_si256();
+    const int64_t eights = 2 * (end - begin);
+    for (int64_t i = 0; i < eights; ++i) {
+        const int64_t column = begin * kHalfColumns + i * kWidth;
+        values[i] =
+            load_values(input.data, input.dtype, row * weight.in_features + column, weight.in_features - column);
+        const __m256i bits = _mm256_castps_si256(values[i]);
+        largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+    }
+    const BlockScale scale = block_scale(largest_lane(largest), DIGITS);
+    const __m256 to_integer = _mm256_set1_ps(scale.to_integer);
+    const __m256i rounding = _mm256_set1_epi32(128);
+    __m128i sums[DIGITS];
+    for (int d = 0; d < DIGITS; ++d) sums[d] = _mm_setzero_si128();
+    for (int64_t half = begin; half < end; ++half) {
+        __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * (half - begin)], to_integer));
+        __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * (half - begin) + 1], to_integer));
+        int8_t* out = fixed.half(row, half);
+        for (int d = 0; d < DIGITS; ++d) {
+            const __m128i digit = low_bytes(first, second);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d * kHalfColumns), _mm_shuffle_epi8(digit, order));
+            const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), digit);
+            sums[d] = _mm_add_epi32(sums[d], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+            // (rest - digit) / 256, the digit being the low byte with its sign
+            first = _mm256_srai_epi32(_mm256_add_epi32(first, rounding), 8);
+            second = _mm256_srai_epi32(_mm256_add_epi32(second, rounding), 8);
+        }
+    }
+    fixed.scales[row * fixed.blocks + block] = scale.to_float;
+    for (int d = 0; d < DIGITS; ++d) fixed.sums[(row * fixed.blocks + block) * DIGITS + d] = sum_of_lanes(sums[d]);
+}
+
+template <int DIGITS>
+AUTOQ_TARGET void prepare_rows(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                               int64_t first, int64_t last) {
+    alignas(16) int8_t columns[kHalfColumns];
+    for (int position = 0; position < kHalfColumns; ++position) columns[position] = column_of(weight.bits, position);
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(columns));
+    const int64_t halves = weight.group_halves();
+    for (int64_t row = first; row < last; ++row) {
+        int64_t block = 0;
+        for (int64_t begin = 0; begin < weight.groups * halves; begin += halves) {
+            for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
+                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+                prepare_block<DIGITS>(weight, input, fixed, row, block, begin + half, begin + stop, order);
+            }
+        }
+    }
+}
+
+void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
+             int64_t end) {
+    (fixed.digits == 4 ? prepare_rows<4> : prepare_rows<3>)(weight, input, fixed, begin, end);
+}
+
+// ---- multiplication ----------------------------------------------------------------------------------------------
+
+// The codes of one half of a unit (16 columns of 8 rows) as bytes: register p has in each lane the four columns
+// `column_of(BITS, 4 * p + byte)`.
+template <int BITS>
+AUTOQ_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m256i (&out)[4]) {
+    if constexpr (BITS == 8) {
+        for (int p = 0; p < 4; ++p) out[p] = load_words(codes + (half * 4 + p) * kLanes);
+    } else if constexpr (BITS == 4) {
+        const __m256i mask = _mm256_set1_epi8(0x0f);
+        for (int w = 0; w < 2; ++w) {
+            const __m256i word = load_words(codes + (half * 2 + w) * kLanes);
+            out[2 * w] = _mm256_and_si256(word, mask);
+            out[2 * w + 1] = _mm256_and_si256(_mm256_srli_epi32(word, 4), mask);
+        }
+    } else {
+        const __m256i mask = _mm256_set1_epi8(0x03);
+        const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
+        const __m256i low = load_words(unit + (half % 2) * kLanes);
+        for (int p = 0; p < 4; ++p) out[p] = _mm256_and_si256(_mm256_srli_epi32(low, 2 * p), mask);
+        if constexpr (BITS == 3) {
+            // The half's sixteen high bits, spread to four in the low half of each byte: bit p of byte b is the
+            // high bit of column 4 * b + p.
+            __m256i high = _mm256_srli_epi32(load_words(unit + 2 * kLanes), static_cast<int>(half % 2) * 16);
+            high = _mm256_and_si256(high, _mm256_set1_epi32(0xffff));
+            high = _mm256_or_si256(high, _mm256_slli_epi32(high, 8));
+            high = _mm256_and_si256(high, _mm256_set1_epi32(0x00ff00ff));
+            high = _mm256_or_si256(high, _mm256_slli_epi32(high, 4));
+            const __m256i bit = _mm256_set1_epi8(0x04);
+            for (int p = 0; p < 4; ++p) {
+                const __m256i moved = p < 2 ? _mm256_slli_epi32(high, 2 - p) : _mm256_srli_epi32(high, p - 2);
+                out[p] = _mm256_or_si256(out[p], _mm256_and_si256(moved, bit));
+            }
+        }
+    }
+}
+
+// Sum over four registers of codes of at most 4 bits times digits. The 16-bit sums stay below 4 * 2 * 15 * 128.
+AUTOQ_INLINE __m256i dot_pairs(const __m256i (&codes)[4], const int8_t* digits) {
+    __m256i pairs = _mm256_setzero_si256();
+    for (int p = 0; p < 4; ++p) {
+        int32_t four;
+        std::memcpy(&four, digits + 4 * p, 4);
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes[p], _mm256_set1_epi32(four)));
+    }
+    return pairs;
+}
+
+// Adds one block, the halves [begin, end) of `ROWS` input rows, to the results of 8 outputs.
+template <int BITS, int DIGITS, int ROWS>
+AUTOQ_INLINE void multiply_block(const uint32_t* codes, const FixedPointRows& fixed, int64_t row, int64_t block,
+                                 int64_t begin, int64_t end, __m256 zero, __m256 scale, __m256 (&result)[ROWS]) {
+    const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+    const __m256i nibble = _mm256_set1_epi8(0x0f);
+    __m256i dots[ROWS][DIGITS];
+    for (auto& of_row : dots)
+        for (__m256i& dot : of_row) dot = _mm256_setzero_si256();
+    for (int64_t half = begin; half < end; ++half) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + half * BITS * 8) + 2048, _MM_HINT_T0);
+        __m256i low[4], high[4];
+        unpack_half<BITS>(codes, half, low);
+        if constexpr (BITS == 8) {
+            // Sums of two products of full bytes do not fit 16 bits: each code is cut into its nibbles.
+            for (int p = 0; p < 4; ++p) {
+                high[p] = _mm256_and_si256(_mm256_srli_epi32(low[p], 4), nibble);
+                low[p] = _mm256_and_si256(low[p], nibble);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const int8_t* digits = fixed.half(row + r, half);
+            for (int d = 0; d < DIGITS; ++d) {
+                const __m256i pairs = dot_pairs(low, digits + d * kHalfColumns);
+                dots[r][d] = _mm256_add_epi32(dots[r][d], _mm256_madd_epi16(pairs, ones));
+                if constexpr (BITS == 8) {
+                    const __m256i high_pairs = dot_pairs(high, digits + d * kHalfColumns);
+                    dots[r][d] = _mm256_add_epi32(dots[r][d], _mm256_madd_epi16(high_pairs, sixteens));
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        const int64_t index = (row + r) * fixed.blocks + block;
+        __m256 value = _mm256_setzero_ps();
+        for (int d = DIGITS - 1; d >= 0; --d) {  // combine_digits
+            const __m256 sum = _mm256_set1_ps(fixed.sums[index * DIGITS + d]);
+            const __m256 centred = _mm256_fnmadd_ps(zero, sum, _mm256_cvtepi32_ps(dots[r][d]));
+            value = _mm256_fmadd_ps(value, _mm256_set1_ps(256.0f), centred);
+        }
+        value = _mm256_mul_ps(value, _mm256_set1_ps(fixed.scales[index]));
+        // Multiplied and added in two roundings, as on processors without fused multiply-add.
+        result[r] = _mm256_add_ps(result[r], _mm256_mul_ps(scale, value));
+    }
+}
+
+// `lanes` is 0 or 8: which half of the row block's 16 outputs.
+template <int BITS, int DIGITS, int ROWS>
+AUTOQ_TARGET void multiply_tile(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output,
+                                int64_t row, int64_t row_block, int lanes) {
+    const uint32_t* codes = weight.unit(row_block, 0) + lanes;
+    const int64_t halves = weight.group_halves();
+    __m256 result[ROWS];
+    for (__m256& eight : result) eight = _mm256_setzero_ps();
+    int64_t block = 0;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+        const int64_t parameters = (row_block * weight.groups + group) * kLanes + lanes;
+        const __m128i zeros = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.zeros + parameters));
+        const __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zeros));
+        const __m256 scale = load_eight(weight.scales, Float::kFloat16, parameters);
+        for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
+            const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+            multiply_block<BITS, DIGITS, ROWS>(codes, fixed, row, block, group * halves + half, group * halves + stop,
+                                               zero, scale, result);
+        }
+    }
+    const int64_t first = row_block * kLanes + lanes;
+    const int64_t count = weight.out_features - first;
+    for (int r = 0; r < ROWS; ++r) {
+        if (output.bias) result[r] = _mm256_add_ps(result[r], load_values(output.bias, output.dtype, first, count));
+        store_values(output.data, output.dtype, (row + r) * output.stride + first, count, result[r]);
+    }
+}
+
+template <int BITS, int DIGITS>
+AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output,
+                                  int64_t begin, int64_t end) {
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        for (int lanes = 0; lanes < kLanes; lanes += kWidth) {
+            int64_t row = 0;
+            for (; row + 2 <= fixed.rows; row += 2) {
+                multiply_tile<BITS, DIGITS, 2>(weight, fixed, output, row, row_block, lanes);
+            }
+            if (row < fixed.rows) multiply_tile<BITS, DIGITS, 1>(weight, fixed, output, row, row_block, lanes);
+        }
+    }
+}
+
+template <int BITS>
+void multiply_bits(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+                   int64_t end) {
+    (fixed.digits == 4 ? multiply_blocks<BITS, 4> : multiply_blocks<BITS, 3>)(weight, fixed, output, begin, end);
+}
+
+void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+              int64_t end) {
+    switch (weight.bits) {
+        case 2:
+            return multiply_bits<2>(weight, fixed, output, begin, end);
+        case 3:
+            return multiply_bits<3>(weight, fixed, output, begin, end);
+        case 4:
+            return multiply_bits<4>(weight, fixed, output, begin, end);
+        default:
+            return multiply_bits<8>(weight, fixed, output, begin, end);
+    }
+}
+
+// ---- dequantization ----------------------------------------------------------------------------------------------
+
+// Eight consecutive columns of one row: quarter `part` (0 .. 3) of a unit, `unit` pointing at the row's lane.
+template <int BITS>
+AUTOQ_INLINE __m256i columns_of_row(const uint32_t* unit, int64_t part) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (BITS == 8) {
+        const __m256i first = _mm256_set1_epi32(static_cast<int>(unit[2 * part * kLanes]));
+        const __m256i second = _mm256_set1_epi32(static_cast<int>(unit[(2 * part + 1) * kLanes]));
+        const __m256i shift = _mm256_slli_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(3)), 3);
+        const __m256i words = _mm256_blend_epi32(first, second, 0xf0);
+        return _mm256_and_si256(_mm256_srlv_epi32(words, shift), _mm256_set1_epi32(255));
+    } else if constexpr (BITS == 4) {
+        const __m256i words = _mm256_set1_epi32(static_cast<int>(unit[part * kLanes]));
+        return _mm256_and_si256(_mm256_srlv_epi32(words, _mm256_slli_epi32(lane, 2)), _mm256_set1_epi32(15));
+    } else {
+        const __m256i words = _mm256_set1_epi32(static_cast<int>(unit[(part / 2) * kLanes] >> (part % 2 * 16)));
+        const __m256i low = _mm256_srlv_epi32(words, _mm256_slli_epi32(lane, 1));
+        const __m256i code = _mm256_and_si256(low, _mm256_set1_epi32(3));
+        if constexpr (BITS == 2) return code;
+        const __m256i high_words = _mm256_set1_epi32(static_cast<int>(unit[2 * kLanes] >> (part * 8)));
+        const __m256i high = _mm256_slli_epi32(_mm256_srlv_epi32(high_words, lane), 2);
+        return _mm256_or_si256(code, _mm256_and_si256(high, _mm256_set1_epi32(4)));
+    }
+}
+
+// One group of one row: halves [begin, end) of the row.
+template <int BITS, Float DTYPE>
+AUTOQ_INLINE void dequantize_group(const PackedWeight& weight, const uint32_t* row_codes, void* dense, int64_t out,
+                                   int64_t begin, int64_t end, float zero, float scale) {
+    const __m256 zeros = _mm256_set1_ps(zero), scales = _mm256_set1_ps(scale);
+    for (int64_t eight = 2 * begin; eight < 2 * end; ++eight) {
+        const int64_t column = eight * kWidth;
+        const __m256i code = columns_of_row<BITS>(row_codes + (eight / 4) * BITS * kLanes, eight % 4);
+        const __m256 value = _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(code), zeros), scales);
+        store_values(dense, DTYPE, out + column, weight.in_features - column, value);
+    }
+}
+
+template <int BITS, Float DTYPE>
+AUTOQ_TARGET void dequantize_blocks(const PackedWeight& weight, void* dense, int64_t begin, int64_t end) {
+    const int64_t halves = weight.group_halves();
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        const int64_t first = row_block * kLanes;
+        const int64_t rows = weight.out_features - first < kLanes ? weight.out_features - first : kLanes;
+        for (int64_t group = 0; group < weight.groups; ++group) {
+            const int64_t parameters = (row_block * weight.groups + group) * kLanes;
+            // Steps of at most 256 columns, so that the 16 rows find their interleaved words in the first-level cache.
+            for (int64_t half = 0; half < halves; half += kBlockHalves) {
+                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+                for (int64_t row = 0; row < rows; ++row) {
+                    const int64_t out = (first - begin * kLanes + row) * weight.in_features;
+                    dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out,
+                                                  group * halves + half, group * halves + stop,
+                                                  weight.zeros[parameters + row],
+                                                  _cvtsh_ss(weight.scales[parameters + row]));
+                }
+            }
+        }
+    }
+}
+
+template <int BITS>
+void dequantize_bits(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
+    switch (dtype) {
+        case Float::kFloat32:
+            return dequantize_blocks<BITS, Float::kFloat32>(weight, dense, begin, end);
+        case Float::kBFloat16:
+            return dequantize_blocks<BITS, Float::kBFloat16>(weight, dense, begin, end);
+        default:
+            return dequantize_blocks<BITS, Float::kFloat16>(weight, dense, begin, end);
+    }
+}
+
+void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
+    switch (weight.bits) {
+        case 2:
+            return dequantize_bits<2>(weight, dense, dtype, begin, end);
+        case 3:
+            return dequantize_bits<3>(weight, dense, dtype, begin, end);
+        case 4:
+            return dequantize_bits<4>(weight, dense, dtype, begin, end);
+        default:
+            return dequantize_bits<8>(weight, dense, dtype, begin, end);
+    }
+}
+
+}  // namespace
+
+const Kernels avx2_kernels = {prepare, multiply, dequantize};
+
+}  // namespace autoq::cpu
+
+#endif

@@ -1,0 +1,388 @@
+// The kernels for AVX-512 with VNNI. One register holds the same columns of 16 output rows.
+#if defined(__x86_64__)
+
+// GCC warns of the undefined values inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "kernels.h"
+
+#define AUTOQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
+
+namespace autoq::cpu {
+namespace {
+
+// Sixteen values as fp32; those that `mask` leaves out are zero and are not read.
+AUTOQ_INLINE __m512 load_values(const void* data, Float dtype, int64_t index, __mmask16 mask) {
+    if (dtype == Float::kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index);
+    if (dtype == Float::kFloat16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The bf16 nearest to each value, ties to even, in the low half of each lane.
+AUTOQ_INLINE __m512i round_to_bf16(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+}
+
+AUTOQ_INLINE void store_values(void* data, Float dtype, int64_t index, __mmask16 mask, __m512 values) {
+    if (dtype == Float::kFloat32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, values);
+        return;
+    }
+    const __m256i bits = dtype == Float::kFloat16 ? _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT)
+                                                  : _mm512_cvtepi32_epi16(round_to_bf16(values));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, bits);
+}
+
+AUTOQ_INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+AUTOQ_INLINE __m128i column_order(int bits) {
+    alignas(16) int8_t order[kHalfColumns];
+    for (int position = 0; position < kHalfColumns; ++position) order[position] = column_of(bits, position);
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+}
+
+AUTOQ_INLINE float sum_of_lanes(__m128i lanes) {
+    lanes = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
+    lanes = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0xb1));
+    return static_cast<float>(_mm_cvtsi128_si32(lanes));
+}
+
+template <int DIGITS>
+AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                                int64_t row, int64_t block, int64_t begin, int64_t end, __m128i order) {
+    __m512 values[kBlockHalves];
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t half = begin; half < end; ++half) {
+        const int64_t column = half * kHalfColumns;
+        const __m512 value = load_values(input.data, input.dtype, row * weight.in_features + column,
+                                         first_lanes(weight.in_features - column));
+        const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(0x7fffffff));
+        largest = _mm512_max_epu32(largest, magnitude);
+        values[half - begin] = value;
+    }
+    const BlockScale scale = block_scale(_mm512_reduce_max_epu32(largest), DIGITS);
+    const __m512 to_integer = _mm512_set1_ps(scale.to_integer);
+    __m128i sums[DIGITS];
+    for (int d = 0; d < DIGITS; ++d) sums[d] = _mm_setzero_si128();
+    for (int64_t half = begin; half < end; ++half) {
+        __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(values[half - begin], to_integer));
+        int8_t* out = fixed.half(row, half);
+        for (int d = 0; d < DIGITS; ++d) {
+            const __m128i digit = _mm512_cvtepi32_epi8(rest);  // the low bytes
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d * kHalfColumns), _mm_shuffle_epi8(digit, order));
+            sums[d] = _mm_dpbusd_epi32(sums[d], _mm_set1_epi8(1), digit);
+            // (rest - digit) / 256, the digit being the low byte with its sign
+            rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+        }
+    }
+    fixed.scales[row * fixed.blocks + block] = scale.to_float;
+    for (int d = 0; d < DIGITS; ++d) fixed.sums[(row * fixed.blocks + block) * DIGITS + d] = sum_of_lanes(sums[d]);
+}
+
+template <int DIGITS>
+AUTOQ_TARGET void prepare_rows(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                               int64_t first, int64_t last) {
+    const __m128i order = column_order(weight.bits);
+    const int64_t halves = weight.group_halves();
+    for (int64_t row = first; row < last; ++row) {
+        int64_t block = 0;
+        for (int64_t begin = 0; begin < weight.groups * halves; begin += halves) {
+            for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
+                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+                prepare_block<DIGITS>(weight, input, fixed, row, block, begin + half, begin + stop, order);
+            }
+        }
+    }
+}
+
+void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
+             int64_t end) {
+    (fixed.digits == 4 ? prepare_rows<4> : prepare_rows<3>)(weight, input, fixed, begin, end);
+}
+
+// ---- multiplication ----------------------------------------------------------------------------------------------
+
+// The codes of one half of a unit (16 columns of 16 rows) as bytes: register p has in each lane the four columns
+// `column_of(BITS, 4 * p + byte)`.
+template <int BITS>
+AUTOQ_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512i (&out)[4]) {
+    if constexpr (BITS == 8) {
+        for (int p = 0; p < 4; ++p) out[p] = _mm512_loadu_si512(codes + (half * 4 + p) * kLanes);
+    } else if constexpr (BITS == 4) {
+        const __m512i mask = _mm512_set1_epi8(0x0f);
+        for (int w = 0; w < 2; ++w) {
+            const __m512i word = _mm512_loadu_si512(codes + (half * 2 + w) * kLanes);
+            out[2 * w] = _mm512_and_si512(word, mask);
+            out[2 * w + 1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), mask);
+        }
+    } else {
+        const __m512i mask = _mm512_set1_epi8(0x03);
+        const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
+        const __m512i low = _mm512_loadu_si512(unit + (half % 2) * kLanes);
+        for (int p = 0; p < 4; ++p) out[p] = _mm512_and_si512(_mm512_srli_epi32(low, 2 * p), mask);
+        if constexpr (BITS == 3) {
+            // The half's sixteen high bits, spread to four in the low half of each byte: bit p of byte b is the
+            // high bit of column 4 * b + p.
+            const unsigned shift = static_cast<unsigned>(half % 2) * 16;
+            __m512i high = _mm512_srli_epi32(_mm512_loadu_si512(unit + 2 * kLanes), shift);
+            high = _mm512_and_si512(high, _mm512_set1_epi32(0xffff));
+            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 8));
+            high = _mm512_and_si512(high, _mm512_set1_epi32(0x00ff00ff));
+            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 4));
+            const __m512i bit = _mm512_set1_epi8(0x04);
+            for (int p = 0; p < 4; ++p) {
+                const __m512i moved = p < 2 ? _mm512_slli_epi32(high, 2 - p) : _mm512_srli_epi32(high, p - 2);
+                out[p] = _mm512_or_si512(out[p], _mm512_and_si512(moved, bit));
+            }
+        }
+    }
+}
+
+// Codes are asked for this far ahead of their use, farther than the hardware prefetchers look and across pages, at
+// which they stop: without it, one core read 7 GB/s where it now reads 12. Into the second level, which can wait for
+// more lines at a time than the first.
+constexpr int64_t kPrefetchBytes = 4096;
+
+template <int BITS>
+AUTOQ_INLINE void prefetch_half(const uint32_t* codes, int64_t half) {
+    constexpr int kHalfBytes = 2 * BITS * kLanes;
+    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + kPrefetchBytes;
+    for (int line = 0; line < (kHalfBytes + 63) / 64; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
+}
+
+// Adds one block, the halves [begin, end) of `ROWS` input rows, to the results of 16 outputs.
+template <int BITS, int DIGITS, int ROWS>
+AUTOQ_INLINE void multiply_block(const uint32_t* codes, const FixedPointRows& fixed, int64_t row, int64_t block,
+                                 int64_t begin, int64_t end, __m512 zero, __m512 scale, __m512 (&result)[ROWS]) {
+    // An accumulator can take one dot product every five cycles; with few rows, several in turn keep both vector
+    // units busy. Integer sums are exact, so their number does not change the result.
+    constexpr int kSets = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+    __m512i dots[ROWS][DIGITS][kSets];
+    for (auto& of_row : dots)
+        for (auto& of_digit : of_row)
+            for (__m512i& dot : of_digit) dot = _mm512_setzero_si512();
+    const int8_t* digits[ROWS];
+    for (int r = 0; r < ROWS; ++r) digits[r] = fixed.values + (row + r) * fixed.halves * DIGITS * kHalfColumns;
+    for (int64_t half = begin; half < end; ++half) {
+        __m512i unpacked[4];
+        prefetch_half<BITS>(codes, half);
+        unpack_half<BITS>(codes, half, unpacked);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+                for (int d = 0; d < DIGITS; ++d) {
+                    int32_t four;
+                    std::memcpy(&four, digits[r] + (half * DIGITS + d) * kHalfColumns + 4 * p, 4);
+                    __m512i& dot = dots[r][d][p % kSets];
+                    dot = _mm512_dpbusd_epi32(dot, unpacked[p], _mm512_set1_epi32(four));
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        const int64_t index = (row + r) * fixed.blocks + block;
+        __m512 value = _mm512_setzero_ps();
+        for (int d = DIGITS - 1; d >= 0; --d) {  // combine_digits
+            __m512i dot = dots[r][d][0];
+            for (int set = 1; set < kSets; ++set) dot = _mm512_add_epi32(dot, dots[r][d][set]);
+            const __m512 sum = _mm512_set1_ps(fixed.sums[index * DIGITS + d]);
+            const __m512 centred = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(dot));
+            value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f), centred);
+        }
+        value = _mm512_mul_ps(value, _mm512_set1_ps(fixed.scales[index]));
+        // Multiplied and added in two roundings, as on processors without fused multiply-add.
+        result[r] = _mm512_add_ps(result[r], _mm512_mul_ps(scale, value));
+    }
+}
+
+template <int BITS, int DIGITS, int ROWS>
+AUTOQ_TARGET void multiply_tile(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output,
+                                int64_t row, int64_t row_block) {
+    const uint32_t* codes = weight.unit(row_block, 0);
+    const int64_t halves = weight.group_halves();
+    __m512 result[ROWS];
+    for (__m512& lanes : result) lanes = _mm512_setzero_ps();
+    int64_t block = 0;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+        const int64_t parameters = (row_block * weight.groups + group) * kLanes;
+        const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.zeros + parameters));
+        const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
+        const __m512 scale = load_values(weight.scales, Float::kFloat16, parameters, 0xffff);
+        for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
+            const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+            multiply_block<BITS, DIGITS, ROWS>(codes, fixed, row, block, group * halves + half, group * halves + stop,
+                                               zero, scale, result);
+        }
+    }
+    const int64_t first = row_block * kLanes;
+    const __mmask16 mask = first_lanes(weight.out_features - first);
+    for (int r = 0; r < ROWS; ++r) {
+        if (output.bias) result[r] = _mm512_add_ps(result[r], load_values(output.bias, output.dtype, first, mask));
+        store_values(output.data, output.dtype, (row + r) * output.stride + first, mask, result[r]);
+    }
+}
+
+template <int BITS, int DIGITS>
+AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output,
+                                  int64_t begin, int64_t end) {
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        int64_t row = 0;
+        for (; row + 4 <= fixed.rows; row += 4) multiply_tile<BITS, DIGITS, 4>(weight, fixed, output, row, row_block);
+        if (row + 2 <= fixed.rows) {
+            multiply_tile<BITS, DIGITS, 2>(weight, fixed, output, row, row_block);
+            row += 2;
+        }
+        if (row < fixed.rows) multiply_tile<BITS, DIGITS, 1>(weight, fixed, output, row, row_block);
+    }
+}
+
+template <int BITS>
+void multiply_bits(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+                   int64_t end) {
+    (fixed.digits == 4 ? multiply_blocks<BITS, 4> : multiply_blocks<BITS, 3>)(weight, fixed, output, begin, end);
+}
+
+void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+              int64_t end) {
+    switch (weight.bits) {
+        case 2:
+            return multiply_bits<2>(weight, fixed, output, begin, end);
+        case 3:
+            return multiply_bits<3>(weight, fixed, output, begin, end);
+        case 4:
+            return multiply_bits<4>(weight, fixed, output, begin, end);
+        default:
+            return multiply_bits<8>(weight, fixed, output, begin, end);
+    }
+}
+
+// ---- dequantization ----------------------------------------------------------------------------------------------
+
+// Sixteen consecutive columns of one row: its words, broadcast to the lanes whose codes they hold, and shifted by each
+// lane's amount. `unit` points at the row's lane. What lies above the code in a lane is left there for BITS <= 4.
+template <int BITS>
+AUTOQ_INLINE __m512i columns_of_row(const uint32_t* unit, int64_t half) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if constexpr (BITS == 8) {
+        const uint32_t* word = unit + half * 4 * kLanes;
+        __m512i words = _mm512_set1_epi32(word[0]);
+        words = _mm512_mask_set1_epi32(words, 0x00f0, word[kLanes]);
+        words = _mm512_mask_set1_epi32(words, 0x0f00, word[2 * kLanes]);
+        words = _mm512_mask_set1_epi32(words, 0xf000, word[3 * kLanes]);
+        const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(3)), 3);
+        return _mm512_and_si512(_mm512_srlv_epi32(words, shift), _mm512_set1_epi32(255));
+    } else if constexpr (BITS == 4) {
+        const uint32_t* word = unit + half * 2 * kLanes;
+        const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(word[0]), 0xff00, word[kLanes]);
+        const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2);
+        return _mm512_srlv_epi32(words, shift);
+    } else {
+        const __m512i words = _mm512_set1_epi32(unit[half * kLanes]);
+        const __m512i low = _mm512_srlv_epi32(words, _mm512_slli_epi32(lane, 1));
+        if constexpr (BITS == 2) return low;
+        const __m512i high_words = _mm512_set1_epi32(unit[2 * kLanes] >> (half * 16));
+        const __m512i high = _mm512_slli_epi32(_mm512_srlv_epi32(high_words, lane), 2);
+        return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(3)),
+                               _mm512_and_si512(high, _mm512_set1_epi32(4)));
+    }
+}
+
+// One group of one row: halves [begin, end) of the row.
+template <int BITS, Float DTYPE>
+AUTOQ_INLINE void dequantize_group(const PackedWeight& weight, const uint32_t* row_codes, void* dense, int64_t out,
+                                   int64_t begin, int64_t end, float zero, float scale) {
+    const __m512 zeros = _mm512_set1_ps(zero), scales = _mm512_set1_ps(scale);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // The value of every code, when sixteen entries hold them all: vpermps looks at the low four bits of each lane,
+    // so for 2-bit codes, above which other codes remain, the table repeats.
+    const __m512i codes = BITS == 2 ? _mm512_and_si512(lane, _mm512_set1_epi32(3)) : lane;
+    __m512 table = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zeros), scales);
+    if constexpr (DTYPE == Float::kBFloat16) table = _mm512_castsi512_ps(round_to_bf16(table));
+    for (int64_t half = begin; half < end; ++half) {
+        const uint32_t* unit = row_codes + (half / 2) * BITS * kLanes;
+        const __m512i index = columns_of_row<BITS>(unit, half % 2);
+        const int64_t column = half * kHalfColumns;
+        const __mmask16 mask = first_lanes(weight.in_features - column);
+        if constexpr (BITS == 8) {
+            const __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(index), zeros), scales);
+            store_values(dense, DTYPE, out + column, mask, value);
+        } else if constexpr (DTYPE == Float::kBFloat16) {
+            const __m512i value = _mm512_castps_si512(_mm512_permutexvar_ps(index, table));
+            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(dense) + out + column, mask, _mm512_cvtepi32_epi16(value));
+        } else {
+            store_values(dense, DTYPE, out + column, mask, _mm512_permutexvar_ps(index, table));
+        }
+    }
+}
+
+template <int BITS, Float DTYPE>
+AUTOQ_TARGET void dequantize_blocks(const PackedWeight& weight, void* dense, int64_t begin, int64_t end) {
+    const int64_t halves = weight.group_halves();
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        const int64_t first = row_block * kLanes;
+        const int64_t rows = weight.out_features - first < kLanes ? weight.out_features - first : kLanes;
+        for (int64_t group = 0; group < weight.groups; ++group) {
+            const int64_t parameters = (row_block * weight.groups + group) * kLanes;
+            // Steps of at most 256 columns, so that the 16 rows find their interleaved words in the first-level cache.
+            for (int64_t half = 0; half < halves; half += kBlockHalves) {
+                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
+                for (int64_t row = 0; row < rows; ++row) {
+                    const int64_t out = (first - begin * kLanes + row) * weight.in_features;
+                    dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out,
+                                                  group * halves + half, group * halves + stop,
+                                                  weight.zeros[parameters + row],
+                                                  _cvtsh_ss(weight.scales[parameters + row]));
+                }
+            }
+        }
+    }
+}
+
+template <int BITS>
+void dequantize_bits(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
+    switch (dtype) {
+        case Float::kFloat32:
+            return dequantize_blocks<BITS, Float::kFloat32>(weight, dense, begin, end);
+        case Float::kBFloat16:
+            return dequantize_blocks<BITS, Float::kBFloat16>(weight, dense, begin, end);
+        default:
+            return dequantize_blocks<BITS, Float::kFloat16>(weight, dense, begin, end);
+    }
+}
+
+void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
+    switch (weight.bits) {
+        case 2:
+            return dequantize_bits<2>(weight, dense, dtype, begin, end);
+        case 3:
+            return dequantize_bits<3>(weight, dense, dtype, begin, end);
+        case 4:
+            return dequantize_bits<4>(weight, dense, dtype, begin, end);
+        default:
+            return dequantize_bits<8>(weight, dense, dtype, begin, end);
+    }
+}
+
+}  // namespace
+
+const Kernels avx512_kernels = {prepare, multiply, dequantize};
+
+}  // namespace autoq::cpu
+
+#endif

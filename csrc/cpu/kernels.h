@@ -1,0 +1,39 @@
+// What an instruction set offers. Each set fills in one table; the best one for the processor is chosen at run time.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fixed_point.h"
+
+namespace autoq::cpu {
+
+struct Kernels {
+    // Fills rows [begin, end) of `fixed` from the input.
+    void (*prepare)(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
+                    int64_t end);
+    // Multiplies all rows with the weight's row blocks [begin, end).
+    void (*multiply)(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+                     int64_t end);
+    // Writes row blocks [begin, end) as dense rows; row `begin * 16` of the weight is the first row at `dense`.
+    void (*dequantize)(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// Name by name what the processor has, of the features that the kernels or their choice depend on.
+std::vector<std::pair<std::string, bool>> features();
+bool has_bf16_units();
+
+std::vector<std::string> capabilities();  // that this processor can run, worst first
+std::string capability();
+void set_capability(const std::string& name);  // throws std::invalid_argument for one that it cannot run
+
+const Kernels& kernels();
+
+}  // namespace autoq::cpu

@@ -1,0 +1,14 @@
+// The CUDA kernels' door: pointers, sizes and a stream, no torch.
+#pragma once
+
+#include "../layout.h"
+
+namespace autoq::cuda {
+
+enum class Float { kFloat32, kBFloat16, kFloat16 };
+
+// Writes the dense weight, row-major [out_features, in_features], on the stream (a cudaStream_t). Returns null, or the
+// message of the launch's error.
+const char* dequantize(const PackedWeight& weight, void* dense, Float dtype, void* stream);
+
+}  // namespace autoq::cuda

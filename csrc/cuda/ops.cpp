@@ -1,0 +1,57 @@
+// The operators on CUDA. `linear` has no kernel here: its reference dequantizes and multiplies with torch.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "../packed.h"
+#include "dequantize.h"
+
+namespace autoq {
+namespace {
+
+// torch's current stream. Its accessor is looked up by name: a hard reference would keep the extension from being
+// imported where torch has no CUDA.
+void* current_stream(int32_t device) {
+    using Accessor = AOTITorchError (*)(int32_t, void**);
+    static const auto accessor = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    STD_TORCH_CHECK(accessor != nullptr, "autoq: this torch has no CUDA; install one built with CUDA");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(accessor(device, &stream) == 0, "autoq: torch gave no CUDA stream for device ", device);
+    return stream;
+}
+
+cuda::Float float_of(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Float:
+            return cuda::Float::kFloat32;
+        case ScalarType::BFloat16:
+            return cuda::Float::kBFloat16;
+        default:
+            return cuda::Float::kFloat16;
+    }
+}
+
+Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
+                       int64_t out_features, int64_t in_features, ScalarType dtype) {
+    STD_TORCH_CHECK(is_supported_float(dtype),
+                    "autoq::dequantize: the dtype must be float32, bfloat16 or float16; ask for one of them");
+    const int32_t device = codes.get_device_index();
+    STD_TORCH_CHECK(codes.is_cuda() && scales.is_cuda() && zeros.is_cuda() && scales.get_device_index() == device &&
+                        zeros.get_device_index() == device,
+                    "autoq::dequantize: codes, scales and zeros must be on the same CUDA device; move them there");
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const PackedTensors packed(codes, scales, zeros, bits, out_features, in_features);
+    const Tensor dense = torch::stable::new_empty(packed.codes, {out_features, in_features}, dtype);
+    const char* error = cuda::dequantize(packed.weight, dense.data_ptr(), float_of(dtype), current_stream(device));
+    STD_TORCH_CHECK(error == nullptr, "autoq::dequantize: the CUDA kernel was not launched: ", error);
+    return dense;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) { m.impl("dequantize", TORCH_BOX(&dequantize_cuda)); }
+
+}  // namespace autoq

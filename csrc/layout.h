@@ -1,0 +1,66 @@
+// The packed layout of a quantized weight, shared by every kernel on every device. It knows no torch.
+//
+// N output features are padded to `row_blocks` blocks of 16 rows, K input features to `units` units of 32 columns.
+// Rows are interleaved by 16, so that one 64-byte load brings the same columns of 16 rows, one row in each 32-bit lane:
+//
+//   codes [row_blocks][units][bits][16] 32-bit words
+//
+//                          lane 0        lane 1               lane 15
+//   block 0, unit 0, word 0 | row 0        | row 1        | ... | row 15       |   64 bytes
+//                    word 1 | row 0        | row 1        | ... | row 15       |
+//                    ...      `bits` words hold the 32 columns of a unit
+//            unit 1, word 0 | ...
+//
+//   bits 2, 4, 8: word j holds 32/bits consecutive codes; code i of the unit is in word i / (32/bits), at bit
+//                 bits * (i % (32/bits)).
+//   bits 3:       words 0 and 1 hold the low two bits of the codes exactly as for 2 bits; word 2 holds the high bit
+//                 of code i at bit i. A 3-bit field would straddle words and cost shifts that depend on the column.
+//
+//   scales [row_blocks][groups][16] fp16, zeros [row_blocks][groups][16] uint8
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define AUTOQ_HOST_DEVICE __host__ __device__
+#else
+#define AUTOQ_HOST_DEVICE
+#endif
+
+namespace autoq {
+
+constexpr int kLanes = 16;        // output rows in a block
+constexpr int kUnitColumns = 32;  // input columns in a unit
+constexpr int kHalfColumns = 16;  // the step of the CPU kernels: groups always start at a multiple of it
+
+// A packed weight. The pointers are borrowed.
+struct PackedWeight {
+    const uint32_t* codes;
+    const uint16_t* scales;  // fp16 bits
+    const uint8_t* zeros;
+    int bits;
+    int64_t out_features;
+    int64_t in_features;
+    int64_t row_blocks;
+    int64_t units;
+    int64_t groups;
+    int64_t group_size;  // columns in a group; a multiple of 16 unless there is only one group
+
+    // Halves (16 columns) that a group spans. A single group also covers the padding behind the last column.
+    AUTOQ_HOST_DEVICE int64_t group_halves() const { return groups == 1 ? units * 2 : group_size / kHalfColumns; }
+
+    AUTOQ_HOST_DEVICE const uint32_t* unit(int64_t block, int64_t unit) const {
+        return codes + (block * units + unit) * bits * kLanes;
+    }
+};
+
+// Code `i` (0 .. 31) of one row of a unit. `word` points at the row's lane of the unit's first word.
+AUTOQ_HOST_DEVICE inline uint32_t decode(const uint32_t* word, int bits, int i) {
+    const int field = bits == 3 ? 2 : bits;
+    const int fields = 32 / field;  // in a word
+    const uint32_t low = (word[(i / fields) * kLanes] >> (field * (i % fields))) & ((1u << field) - 1);
+    if (bits != 3) return low;
+    return low | (((word[2 * kLanes] >> i) & 1u) << 2);
+}
+
+}  // namespace autoq
