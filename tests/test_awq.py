@@ -36,6 +36,15 @@ def test_output_error_is_the_error_of_the_outputs() -> None:
     torch.testing.assert_close(awq.output_error(difference, inputs.T @ inputs), direct, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("channels", [3, 511, 512, 513, 1300])
+def test_output_error_uses_symmetry_rightly(channels: int) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    factor = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    gram, difference = factor @ factor.T, torch.randn(7, channels, generator=generator, dtype=torch.float64)
+    direct = (difference @ gram * difference).sum()
+    torch.testing.assert_close(awq.output_error(difference, gram), direct, rtol=1e-10, atol=0)
+
+
 def test_search_scale_takes_the_best_candidate_by_direct_evaluation() -> None:
     inputs, weight = _data()
     candidates = awq.candidate_scales(inputs.abs().mean(0), awq.weight_magnitude(weight, 32), awq.SCALE_GRID)
@@ -43,6 +52,15 @@ def test_search_scale_takes_the_best_candidate_by_direct_evaluation() -> None:
     errors = [_direct_error(weight, inputs, scale) for scale in candidates]
     assert torch.equal(found, candidates[errors.index(min(errors))])
     assert min(errors) < 0.5 * errors[0], "the loud channels should gain"
+
+
+def test_tall_weights_are_screened_and_lose_nothing_that_counts() -> None:
+    inputs, weight = _data(rows=2000)
+    gram = inputs.T @ inputs
+    candidates = awq.candidate_scales(inputs.abs().mean(0), awq.weight_magnitude(weight, 32), awq.SCALE_GRID)
+    found = awq.search_scale(weight, gram, round_to_3_bits, candidates)
+    errors = [_direct_error(weight, inputs, scale) for scale in candidates]
+    assert _direct_error(weight, inputs, found) <= 1.01 * min(errors)
 
 
 def test_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
