@@ -2,9 +2,9 @@
 
     python benchmarks/compare_formats.py --autoawq PYTHON --calibration FILE.json MODEL [MODEL ...]
 
-For each model: quantize and save with autoq, dequantize the files with AutoAWQ's own code (autoawq_worker.py, in its own
-environment) and compare with our weights; then quantize and save with AutoAWQ, load that with autoq, and compare our
-weights with AutoAWQ's dequantization of the same files.
+For each model: quantize and save with autoq, dequantize the files with AutoAWQ's own code (autoawq_worker.py, in an
+environment of its own) and compare with our weights; then quantize and save with AutoAWQ, load that with autoq, and
+compare our weights with AutoAWQ's dequantization of the same files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoq import AutoQForCausalLM
-from autoq.nn import QuantLinear
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+
+from autoq import AutoQForCausalLM
+from autoq.nn import QuantLinear
 
 _WORKER = Path(__file__).with_name("autoawq_worker.py")
 
