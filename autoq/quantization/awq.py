@@ -101,7 +101,7 @@ def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, cand
     fake_quantize: rounds a weight `[rows, in]` to the quantized grid and back.
     candidates: scales `[in]`, positive.
     """
-    finalists = range(len(candidates))
+    finalists = list(range(len(candidates)))
     if weight.shape[0] >= 2 * _SCREENED_ROWS:
         step = weight.shape[0] // _SCREENED_ROWS
         errors = _scale_errors(weight[::step], gram, fake_quantize, candidates, finalists)

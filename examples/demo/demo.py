@@ -77,7 +77,7 @@ def _print_table(tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, AutoQ
         )
     print(
         f"\nOn {quality.model.tokens:,} tokens of documentation the model has not seen; lower is better. Divergence\n"
-        "(KL, in nats) is how far the predictions are from those in full precision; perplexity is the noisier measure.\n"
+        "(KL, in nats) is how far the predictions are from those in full precision; perplexity is the noisier one.\n"
         "A model this small fits in the cache: what quantization does for speed shows on real ones (see README.md)."
     )
 
