@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
 from autoq.errors import ConfigError
+from autoq.evaluation.perplexity import context_length
 from autoq.loading import DeviceMap, find_checkpoint, load_quantized
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
@@ -22,10 +23,18 @@ from autoq.quantization.report import QuantizationReport
 from autoq.saving import save_model
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-_AUTOAWQ_OPTIONS = (
-    "batch_size", "exllama_config", "max_seq_len", "safetensors", "trust_remote_code", "use_cache_offload",
-    "use_exllama", "use_exllama_v2", "use_ipex", "use_qbits",
-)  # fmt: skip
+# AutoAWQ's options that mean nothing here; they are accepted so that its users' code runs.
+_AUTOAWQ_OPTIONS = {
+    "from_pretrained": ("download_kwargs", "low_cpu_mem_usage", "safetensors", "trust_remote_code", "use_cache"),
+    "from_quantized": (
+        "batch_size", "download_kwargs", "exllama_config", "max_seq_len", "quant_filename", "safetensors",
+        "trust_remote_code", "use_exllama", "use_exllama_v2", "use_ipex", "use_qbits",
+    ),
+    "quantize": ("export_compatible", "max_chunk_memory", "n_parallel_calib_samples", "quantizer_cls"),
+}  # fmt: skip
+
+
+_INTERRUPTED = "quantizing this model was interrupted, which left it half done; load the full-precision model again"
 
 
 class AutoQForCausalLM(nn.Module):
@@ -43,6 +52,7 @@ class AutoQForCausalLM(nn.Module):
         self.training = model.training
         self.quant_config = quant_config
         self.report: QuantizationReport | None = None
+        self._interrupted = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -67,15 +77,16 @@ class AutoQForCausalLM(nn.Module):
         Other keywords go to transformers' `from_pretrained`.
         Raises ArchitectureError if the family is not known, so that nothing is downloaded or loaded for nothing.
         """
-        for name in ("safetensors", "use_cache", "low_cpu_mem_usage"):  # of AutoAWQ's examples
-            kwargs.pop(name, None)
-        config = AutoConfig.from_pretrained(
-            model_path, **{name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
-        )
+        torch_dtype = kwargs.pop("dtype", torch_dtype)
+        kwargs = _without_autoawq_options(kwargs, "from_pretrained")
+        hub_options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False, **hub_options)
         architecture_of(config)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with AutoQForCausalLM.from_quantized")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype, device_map=device_map, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
+        )
         return cls(model.eval())
 
     @classmethod
@@ -102,14 +113,13 @@ class AutoQForCausalLM(nn.Module):
 
         Raises CheckpointError when the checkpoint is incomplete, damaged, unsafe to read or not quantized.
         """
-        ignored = sorted(name for name in hub_options if name in _AUTOAWQ_OPTIONS)
-        if fuse_layers:
-            ignored.append("fuse_layers=True")
-        if ignored:
-            warnings.warn(f"ignored, as the model runs the same without: {', '.join(ignored)}", stacklevel=2)
-        hub = _take_hub_options(hub_options, "from_quantized")
+        torch_dtype = hub_options.pop("dtype", torch_dtype)
+        hub_options = _without_autoawq_options(hub_options, "from_quantized", fuse_layers=fuse_layers)
+        for name in hub_options:
+            if name not in _HUB_OPTIONS:
+                raise TypeError(f"AutoQForCausalLM.from_quantized() got an unexpected keyword argument {name!r}")
         model, quant_config = load_quantized(
-            find_checkpoint(quant_path, **hub),
+            find_checkpoint(quant_path, **hub_options),
             device_map=device_map,
             torch_dtype=torch_dtype,
             max_memory=max_memory,
@@ -145,11 +155,21 @@ class AutoQForCausalLM(nn.Module):
 
         Raises ConfigError, CalibrationError, ArchitectureError or QuantizationError, each a sentence.
         """
+        if self._interrupted:
+            raise ConfigError(_INTERRUPTED)
         if self.quant_config is not None:
             raise ConfigError("this model is quantized already; load the full-precision model to quantize it again")
-        config = quant_config if isinstance(quant_config, QuantConfig) else QuantConfig.from_dict(quant_config or {})
-        if settings:
-            config = QuantConfig.from_dict({**dataclasses.asdict(config), **settings})
+        settings = _without_autoawq_options(settings, "quantize")
+        if isinstance(quant_config, QuantConfig):
+            # Other bits may need another format than the one the config settled on.
+            version = {"version": ""} if "bits" in settings else {}
+            config = dataclasses.replace(quant_config, **{**version, **settings})
+        else:
+            config = QuantConfig.from_dict({**(quant_config or {}), **settings})
+        context = context_length(self.model.config)
+        if context is not None and max_calib_seq_len > context:
+            print(f"calibration samples are cut to {context} tokens, the context of the model")
+            max_calib_seq_len = context
         calibration = load_calibration(
             tokenizer,
             calib_data,
@@ -163,7 +183,14 @@ class AutoQForCausalLM(nn.Module):
         )
         if progress:
             print(calibration.describe())
-        self.quant_config, self.report = quantize_model(self.model, config, calibration, progress)
+        # Folding and replacing happen in place: what a stopped run leaves behind is no model.
+        self._interrupted = True
+        training = self.model.training
+        try:
+            self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress)
+            self._interrupted = False
+        finally:
+            self.model.train(training)
         return self.report
 
     def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: int | str = "5GB") -> None:
@@ -171,26 +198,49 @@ class AutoQForCausalLM(nn.Module):
 
         shard_size: the most bytes of one file, such as "5GB".
         """
+        if self._interrupted:
+            raise ConfigError(_INTERRUPTED)
         if self.quant_config is None:
             raise ConfigError("this model is not quantized yet; call quantize() before save_quantized()")
         if not safetensors:
             raise ConfigError("checkpoints are saved as safetensors only; leave safetensors=True")
         save_model(self.model, self.quant_config, Path(save_dir), shard_size, self.report)
 
+    def save_pretrained(self, *_args: Any, **_options: Any) -> None:
+        """Refused: transformers would save packed tensors that nothing can read."""
+        raise ConfigError("save a quantized model with save_quantized(), any other with its model.save_pretrained()")
+
+    push_to_hub = save_pretrained
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's forward."""
-        return self.model(*args, **kwargs)
+        """The wrapped model's forward; input tensors are moved to its device."""
+        if self._interrupted:
+            raise ConfigError(_INTERRUPTED)
+        return self.model(*self._on_device(args), **self._on_device(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's generate, with everything transformers offers there."""
+        """The wrapped model's generate, with everything transformers offers there; input tensors are moved to its
+        device."""
+        if self._interrupted:
+            raise ConfigError(_INTERRUPTED)
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, AutoQForCausalLM):
             kwargs["assistant_model"] = assistant.model
-        return self.model.generate(*args, **kwargs)
+        return self.model.generate(*self._on_device(args), **self._on_device(kwargs))
+
+    def _on_device(self, values: Any) -> Any:
+        device = self.model.device
+        if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
+            return values
+        if isinstance(values, dict):
+            return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)
 
 
-def _take_hub_options(options: Mapping[str, Any], method: str) -> dict[str, Any]:
-    unknown = [name for name in options if name not in (*_HUB_OPTIONS, *_AUTOAWQ_OPTIONS)]
-    if unknown:
-        raise TypeError(f"AutoQForCausalLM.{method}() got an unexpected keyword argument {unknown[0]!r}")
-    return {name: value for name, value in options.items() if name in _HUB_OPTIONS}
+def _without_autoawq_options(options: Mapping[str, Any], method: str, **others: Any) -> dict[str, Any]:
+    """The options but for those of AutoAWQ that mean nothing here; says which had a value that asked for something."""
+    ignored = [name for name in options if name in _AUTOAWQ_OPTIONS[method]]
+    asked = [name for name, value in {**{name: options[name] for name in ignored}, **others}.items() if value]
+    if asked:
+        warnings.warn(f"ignored, as the model runs the same without: {', '.join(asked)}", stacklevel=3)
+    return {name: value for name, value in options.items() if name not in ignored}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,10 @@ from autoq.errors import CheckpointError
 from autoq.formats import TensorSpec
 
 CONFIG = "config.json"
+REPORT = "quantization_report.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _DTYPES = {
@@ -199,15 +202,17 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint so that at every moment the directory holds a complete one or none.
 
-    Everything is written and flushed to disk in a directory beside the target first. A target that does not exist is
-    then made by one rename. In an existing one the old config.json goes first and the new one comes last: a
-    directory without it does not load.
+    Everything is written and flushed to disk in a directory of its own first: beside a target that does not exist,
+    which is then made by one rename; inside one that does, so that both are on one file system. There the old
+    config.json goes first and the new one comes last: a directory without it does not load. Only files that belong
+    to the old checkpoint are removed.
 
     tensors: pairs of name and tensor, consumed one at a time.
     documents: text files by name, config.json among them.
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} exists and is not a directory; choose another place to save to")
+    _refuse_to_replace_a_full_model(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _staging_directory(directory) as staging:
         writer = _ShardWriter(staging, shard_bytes)
@@ -218,24 +223,46 @@ def write_checkpoint(
             (staging / name).write_text(text, encoding="utf-8")
         for path in staging.iterdir():
             _flush_to_disk(path)
-        if directory.exists():
+        if staging.parent == directory:
             _replace_contents(directory, staging)
         else:
             os.replace(staging, directory)
         _flush_to_disk(directory.parent)
 
 
+def _refuse_to_replace_a_full_model(directory: Path) -> None:
+    """A full-precision model is the source of others: it is not overwritten by mistake."""
+    try:
+        config = read_json(directory / CONFIG)
+    except CheckpointError:
+        return
+    if "quantization_config" not in config and any(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{directory} holds a model that is not quantized; save the quantized one somewhere else")
+
+
 @contextmanager
-def _staging_directory(directory: Path) -> Any:
-    prefix = f".{directory.name}.partial-"
-    for leftover in directory.parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+def _staging_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory on the file system of the target: within it if it exists, beside it otherwise."""
+    parent, prefix = (directory, "") if directory.exists() else (directory.parent, f"{directory.name}.")
+    for leftover in parent.glob(f".{prefix}partial-*"):
+        if not _is_running(leftover.name.split("-")[1]):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{prefix}partial-{os.getpid()}-", dir=parent))
     staging.chmod(0o777 & ~_umask())
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def _umask() -> int:
@@ -245,15 +272,22 @@ def _umask() -> int:
 
 
 def _replace_contents(directory: Path, staging: Path) -> None:
+    stale = _owned_files(directory)
     (directory / CONFIG).unlink(missing_ok=True)
     _flush_to_disk(directory)
-    for old in [*directory.glob("*.safetensors"), directory / _INDEX]:
+    for old in stale:
         old.unlink(missing_ok=True)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG):
         if path.name == CONFIG:
             _flush_to_disk(directory)
         os.replace(path, directory / path.name)
     _flush_to_disk(directory)
+
+
+def _owned_files(directory: Path) -> list[Path]:
+    """The files of the checkpoint in a directory, but for its config.json; others' files, such as adapters, stay."""
+    owned = [directory / name for name in (_INDEX, _SINGLE, REPORT)]
+    return owned + [path for path in directory.glob("model-*.safetensors") if _SHARD.fullmatch(path.name)]
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -15,12 +15,6 @@ GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 # Names from llm-awq, AutoAWQ and transformers, and ours.
 _LEGACY_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
 
-# Keys of a saved quantization_config that describe the checkpoint, and others write without a meaning for us.
-_IGNORED_KEYS = {
-    "quant_method", "symmetric", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config",
-    "lm_head", "checkpoint_format", "autoq_version",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -78,27 +72,21 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """From a user's `quant_config` or a checkpoint's `quantization_config`; legacy key names are understood."""
+        """From a user's `quant_config`; the names other packages use are understood.
+
+        Raises ConfigError for an unknown setting, one given twice, or a value out of range.
+        """
+        return cls(**_settings(values))
+
+    @classmethod
+    def from_checkpoint(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """From the `quantization_config` of a checkpoint; what other writers add to it is ignored."""
         if not isinstance(values, Mapping):
-            raise ConfigError(f"quant_config is a {type(values).__name__}; it should be a dict such as {{'bits': 4}}")
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            name = _LEGACY_KEYS.get(key, key)
-            if name in _IGNORED_KEYS:
-                continue
-            if name not in known:
-                raise ConfigError(f"unknown setting {key!r} in the quantization config; known are {sorted(known)}")
-            if settings.get(name, value) != value:
-                raise ConfigError(f"the quantization config gives {name!r} twice, as {settings[name]!r} and {value!r}")
-            settings[name] = value
+            raise ConfigError(f"quantization_config is a {type(values).__name__}; it should be a dict")
+        known = {entry.name for entry in dataclasses.fields(cls)} | set(_LEGACY_KEYS)
+        settings = _settings({key: value for key, value in values.items() if key in known})
         if values.get("symmetric") is True:  # see to_dict
             settings["zero_point"] = False
-        if isinstance(settings.get("version"), str):
-            settings["version"] = settings["version"].lower()
-        settings["modules_to_not_convert"] = _strings("modules_to_not_convert", settings.get("modules_to_not_convert"))
-        if not isinstance(settings.get("module_group_sizes", {}), Mapping):
-            raise ConfigError("module_group_sizes should be a dict from a linear's name to its group size")
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +126,27 @@ class QuantConfig:
         return not any(pattern in name for pattern in self.modules_to_not_convert)
 
 
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by our names, as far as they can be told from a dict alone."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"quant_config is a {type(values).__name__}; it should be a dict such as {{'bits': 4}}")
+    known = {entry.name for entry in dataclasses.fields(QuantConfig)}
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _LEGACY_KEYS.get(key, key)
+        if name not in known:
+            raise ConfigError(f"unknown setting {key!r} in the quantization config; known are {sorted(known)}")
+        if settings.get(name, value) != value:
+            raise ConfigError(f"the quantization config gives {name!r} twice, as {settings[name]!r} and {value!r}")
+        settings[name] = value
+    if isinstance(settings.get("version"), str):
+        settings["version"] = settings["version"].lower()
+    settings["modules_to_not_convert"] = _strings("modules_to_not_convert", settings.get("modules_to_not_convert"))
+    if not isinstance(settings.get("module_group_sizes", {}), Mapping):
+        raise ConfigError("module_group_sizes should be a dict from a linear's name to its group size")
+    return settings
+
+
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # type() too: True == 1 and 4.0 == 4, but neither is what the setting means.
     if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -147,6 +156,7 @@ def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
+    sequence = isinstance(value, (list, tuple, set))
+    if not sequence or not all(isinstance(entry, str) and entry for entry in value):
         raise ConfigError(f"{name} is {value!r}; it should be a list of (parts of) names of linears")
     return tuple(value)

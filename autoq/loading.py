@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from accelerate.utils import (
 )
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.checkpoint import CONFIG, CheckpointReader, read_json
@@ -27,11 +30,18 @@ from autoq.errors import CheckpointError, ConfigError
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
+from autoq.ops import PackedWeight
 from autoq.quantization.weight import QuantizedWeight
 
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # Where older tools keep what config.json now holds.
+_NOT_FOR_TRANSFORMERS = (
+    "quantization_config", "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "transformers_version",
+)  # fmt: skip
+# Tensors that older releases of transformers saved and newer ones compute.
+_COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.(bias|masked_bias))")
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 
@@ -48,10 +58,14 @@ def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub_options))
     except Exception as error:  # the hub's many errors, from bad names to no network, all mean one thing here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path} is neither a directory nor a hub repository that can be reached ({reason})"
+            f"{path} is neither a directory nor a hub repository that can be reached ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def read_quant_config(directory: Path) -> QuantConfig:
@@ -69,7 +83,7 @@ def read_quant_config(directory: Path) -> QuantConfig:
     if method not in ("awq", "autoq"):
         raise CheckpointError(f"{directory} was quantized with {method!r}; autoq loads AWQ and its own checkpoints")
     try:
-        config = QuantConfig.from_dict(settings)
+        config = QuantConfig.from_checkpoint(settings)
         get_format(config.version)
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from None
@@ -93,7 +107,7 @@ def load_quantized(
         specs = _insert_quantized_linears(model, reader, quant_config, layout)
         _insert_scaled_activations(model, reader)
         tied = _tied_names(model)
-        _check_tensors(model, reader, specs, tied)
+        _check_tensors(model, reader, specs, layout, tied)
         placement = _Placement(model, device_map, max_memory, offload_folder)
         for name, tensor in _tensors(model, reader, specs, layout, tied):
             placement.put(name, tensor)
@@ -103,20 +117,31 @@ def load_quantized(
                 # Only tensors in memory can be one; where accelerate fetches them, each needs its own.
                 placement.put(name, reader.read(source).to(model.dtype))
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(read_json(directory / "generation_config.json"))
+        settings = read_json(directory / "generation_config.json")
+        try:
+            model.generation_config = GenerationConfig.from_dict(settings)
+        except Exception as error:  # as for the model's config
+            raise CheckpointError(
+                f"{directory / 'generation_config.json'} is not a generation config ({_first_line(error)})"
+            ) from None
     model.eval()
     return placement.finish(), quant_config
 
 
 def _model_config(directory: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{directory / CONFIG} describes no model transformers knows ({error})") from None
-    if hasattr(config, "quantization_config"):
-        # From here on the model is an ordinary one to transformers; its own AWQ loader must not step in.
-        del config.quantization_config
-    return config
+        values = read_json(directory / CONFIG)
+        # From here on the model is an ordinary one to transformers: its own AWQ loader must not step in. Nor may a
+        # checkpoint choose code to run: its own, or an attention kernel to fetch.
+        for name in _NOT_FOR_TRANSFORMERS:
+            values.pop(name, None)
+        return CONFIG_MAPPING[str(values.get("model_type"))].from_dict(values)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config can be wrong in more ways than transformers foresees
+        raise CheckpointError(
+            f"{directory / CONFIG} describes no model transformers knows ({_first_line(error)})"
+        ) from None
 
 
 def _resolve_dtype(torch_dtype: torch.dtype | str, config: PretrainedConfig) -> torch.dtype:
@@ -135,8 +160,8 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-        raise CheckpointError(f"the config describes no model that can be built ({error})") from None
+    except Exception as error:  # as above
+        raise CheckpointError(f"the config describes no model that can be built ({_first_line(error)})") from None
 
 
 def _insert_quantized_linears(
@@ -198,16 +223,23 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
-    packed = {f"{name}.{leaf}" for name in specs for leaf in ("codes", "scales", "zeros")}
+    packed = {f"{name}.{leaf}" for name in specs for leaf in PackedWeight._fields}
     for name, tensor in model.state_dict().items():
         if name not in packed:
             yield name, tensor
 
 
 def _check_tensors(
-    model: PreTrainedModel, reader: CheckpointReader, specs: Mapping[str, LinearSpec], tied: Mapping[str, str]
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    specs: Mapping[str, LinearSpec],
+    layout: Format,
+    tied: Mapping[str, str],
 ) -> None:
+    """Raises CheckpointError unless the checkpoint holds exactly the tensors this model has."""
+    known = {f"{name}.{leaf}" for name, spec in specs.items() for leaf in layout.tensors(spec)}
     for name, tensor in _plain_tensors(model, specs):
+        known.add(name)
         if name in tied:
             continue
         found = reader.specs.get(name)
@@ -215,6 +247,18 @@ def _check_tensors(
         convertible = found is not None and found.dtype.is_floating_point and tensor.is_floating_point()
         dtype = found.dtype if found is not None and convertible else tensor.dtype
         reader.check(name, TensorSpec(dtype, tuple(tensor.shape)))
+    unknown = sorted(name for name in reader.specs if name not in known and not _COMPUTED.fullmatch(name))
+    if unknown:
+        raise CheckpointError(
+            f"{reader.directory} holds the tensor {unknown[0]}, and {len(unknown) - 1} more, which the model that its "
+            "config describes does not have; config.json and the tensors do not belong together"
+        )
+    for name, source in tied.items():
+        if name in reader.specs and not torch.equal(reader.read(name), reader.read(source)):
+            raise CheckpointError(
+                f"{reader.directory}: the config ties {name} to {source}, but the checkpoint holds two tensors that "
+                "differ; set tie_word_embeddings to false in config.json if they should"
+            )
 
 
 def _tensors(
@@ -253,6 +297,8 @@ class _Placement:
         self._offload_folder: str | None = None
         if "disk" in self.device_map.values():
             self._offload_folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
+            if offload_folder is None:
+                weakref.finalize(model, shutil.rmtree, self._offload_folder, ignore_errors=True)
             Path(self._offload_folder).mkdir(parents=True, exist_ok=True)
 
     def device_of(self, name: str) -> str | int | torch.device:
@@ -293,19 +339,29 @@ def _resolve_device_map(
     if device_map is None:
         return {"": "cpu"}
     if isinstance(device_map, Mapping):
-        return _disjoint("", model, dict(device_map))
+        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        for name in device_map:
+            if name not in names:
+                raise ConfigError(f"the device_map names {name!r}, which is no module of this model")
+        return _disjoint("", model, {name: _device(device) for name, device in device_map.items()})
     if not isinstance(device_map, str) or device_map not in _STRATEGIES:
         return {"": _device(device_map)}
-    memory = dict(max_memory) if max_memory is not None else None
     classes = list(model._no_split_modules or ())
-    if device_map != "sequential" and torch.cuda.device_count() > 1:
-        memory = get_balanced_memory(
-            model, max_memory=memory, no_split_module_classes=classes, low_zero=device_map == "balanced_low_0"
-        )
     model.tie_weights()
-    resolved: dict[str, str | int | torch.device] = infer_auto_device_map(
-        model, max_memory=memory, no_split_module_classes=classes
-    )
+    try:
+        memory = dict(max_memory) if max_memory is not None else None
+        if device_map != "sequential" and torch.cuda.device_count() > 1:
+            memory = get_balanced_memory(
+                model, max_memory=memory, no_split_module_classes=classes, low_zero=device_map == "balanced_low_0"
+            )
+        resolved: dict[str, str | int | torch.device] = infer_auto_device_map(
+            model, max_memory=memory, no_split_module_classes=classes
+        )
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"max_memory is {max_memory!r}; it should be a dict such as {{0: '20GiB', 'cpu': '60GiB'}} "
+            f"({_first_line(error)})"
+        ) from None
     return resolved
 
 
@@ -326,11 +382,23 @@ def _disjoint(
     return result
 
 
-def _device(device: str | int | torch.device) -> str | int:
+def _device(device: Any) -> str | int:
+    """A device that is there, as accelerate writes it."""
     try:
-        return device if isinstance(device, int) else str(torch.device(device))
-    except RuntimeError:
-        raise ConfigError(
-            f"device_map is {device!r}; it should be one of {', '.join(_STRATEGIES)}, a device such as 'cpu' or "
-            "'cuda:0', or a dict from module names to devices"
-        ) from None
+        if device == "disk":
+            return "disk"
+        found = torch.device("cuda", device) if type(device) is int else torch.device(device)
+        if found.type == "cuda" and (found.index or 0) < torch.cuda.device_count():
+            return found.index or 0
+        if found.type == "cpu":
+            return "cpu"
+        torch.empty(0, device=found)
+        if found.type not in ("cuda", "meta"):
+            return str(found)
+        problem = "it is not on this machine"
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        problem = _first_line(error)
+    raise ConfigError(
+        f"device_map asks for {device!r}: {problem}. It should be one of {', '.join(_STRATEGIES)}, a device such as "
+        "'cpu' or 'cuda:0', or a dict from module names to devices"
+    )

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq._version import __version__
-from autoq.checkpoint import CONFIG, write_checkpoint
+from autoq.checkpoint import CONFIG, REPORT, write_checkpoint
 from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.formats import get_format
 from autoq.nn import QuantLinear
+from autoq.ops import PackedWeight
 from autoq.quantization.report import QuantizationReport
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -53,10 +54,15 @@ def save_model(
     if model.can_generate():
         documents["generation_config.json"] = model.generation_config.to_json_string()
     if report is not None:
-        documents["quantization_report.json"] = _to_json(report.to_dict())
-    if not (directory / "README.md").exists():
+        documents[REPORT] = _to_json(report.to_dict())
+    if _may_write_card(directory / "README.md"):
         documents["README.md"] = _model_card(config)
     write_checkpoint(directory, _tensors(model, config), documents, _bytes(shard_size))
+
+
+def _may_write_card(path: Path) -> bool:
+    """Whether there is no model card, or one written here for an earlier checkpoint."""
+    return not path.is_file() or path.read_text(encoding="utf-8", errors="replace").startswith(_MODEL_CARD[:40])
 
 
 def _to_json(value: dict[str, Any]) -> str:
@@ -67,7 +73,7 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
     """Every tensor of the checkpoint, packed one linear at a time."""
     layout = get_format(config.version)
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    packed = {f"{name}.{leaf}" for name in quantized for leaf in ("codes", "scales", "zeros")}
+    packed = {f"{name}.{leaf}" for name in quantized for leaf in PackedWeight._fields}
     saved: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
@@ -86,6 +92,7 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
 def _config_dict(config: PretrainedConfig, quant_config: QuantConfig) -> dict[str, Any]:
     """config.json: everything spelled out, since defaults differ between the versions that read it."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
     values["quantization_config"] = {**quant_config.to_dict(), "autoq_version": __version__}
     # What transformers 4 and the engines built on it call the same things.
     if "dtype" in values:
@@ -116,9 +123,9 @@ def _model_card(config: QuantConfig) -> str:
 
 
 def _bytes(size: int | str) -> int:
-    if isinstance(size, int) and size > 0:
+    if type(size) is int and size > 0:
         return size
-    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?)B?", str(size).strip().upper())
-    if match is None or float(match[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", str(size).strip().upper())
+    if isinstance(size, int) or match is None or float(match[1]) <= 0:
         raise ConfigError(f"shard_size is {size!r}; it should be a number of bytes or a string such as '5GB'")
     return int(float(match[1]) * _UNITS[match[2]])

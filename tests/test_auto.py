@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from autoq import AutoQForCausalLM
+from autoq.architectures import architecture_of
 from autoq.errors import ArchitectureError, AutoQError, ConfigError
 from autoq.loading import load_quantized
 from autoq.nn import QuantLinear
@@ -67,7 +68,7 @@ def test_the_readme_in_one_go(case: Variant, tmp_path: Path, tiny_tokenizer: Pre
     tiny_tokenizer.save_pretrained(tmp_path / "out")
 
     loaded = AutoQForCausalLM.from_quantized(tmp_path / "out", device_map="auto")
-    inputs = tiny_tokenizer("Once upon a time", return_tensors="pt").to(loaded.device)
+    inputs = tiny_tokenizer("Once upon a time", return_tensors="pt")
     output = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=2)
     assert output.shape[1] > inputs.input_ids.shape[1]
     assert torch.equal(output, model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=2))
@@ -149,10 +150,8 @@ def test_disk_offload_and_device_maps(case: Variant, tmp_path: Path) -> None:
     model = quantized(case)
     model.save_quantized(tmp_path / "out")
     expected = model(_prompt()).logits
-    architecture_blocks = {"llama": "model.layers", "opt": "model.decoder.layers", "mpt": "transformer.blocks"}
-    blocks = architecture_blocks.get(case.config.model_type, "transformer.h")
+    blocks = architecture_of(case.config).blocks
     split = {"": "cpu", f"{blocks}.1": "disk"}
-    whole = {name: "cpu" for name, _ in model.model.named_modules() if name.startswith(f"{blocks}.0")}
     for device_map in (
         split,
         {"": "cpu"},
@@ -168,7 +167,6 @@ def test_disk_offload_and_device_maps(case: Variant, tmp_path: Path) -> None:
             tmp_path / "out", device_map=device_map, offload_folder=tmp_path / "offload"
         )
         assert torch.equal(loaded(_prompt()).logits, expected), device_map
-    assert whole
     offloaded = AutoQForCausalLM.from_quantized(tmp_path / "out", device_map=split, offload_folder=tmp_path / "offload")
     second = [module for name, module in offloaded.model.get_submodule(blocks)[1].named_modules()]
     assert any(isinstance(module, QuantLinear) and module.codes.is_meta for module in second)
@@ -194,16 +192,56 @@ def test_max_memory_counts_quantized_bytes(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device_map", "message"),
-    [("everywhere", "device_map is 'everywhere'"), ({"model.layers.0": "cpu"}, "leaves out some modules")],
+    [
+        ("everywhere", "device_map asks for 'everywhere'"),
+        ({"model.layers.0": "cpu"}, "leaves out some modules"),
+        ({"": "cpu", "model.layers.9": "disk"}, "no module of this model"),
+        ({"": "cppu"}, "device_map asks for 'cppu'"),
+        ("meta", "device_map asks for 'meta'"),
+        (99, "device_map asks for 99"),
+        (3.5, r"device_map asks for 3\.5"),
+        ([], r"device_map asks for \[\]"),
+    ],
 )
 def test_bad_device_maps(llama: Path, device_map: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AutoQForCausalLM.from_quantized(llama, device_map=device_map)
 
 
+@pytest.mark.parametrize("max_memory", [{"cpu": "lots"}, "1GB", {"cpu": object()}])
+def test_bad_max_memory(llama: Path, max_memory: Any) -> None:
+    with pytest.raises(ConfigError, match="max_memory is"):
+        AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=max_memory)
+
+
+def test_save_pretrained_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_quantized"):
+        AutoQForCausalLM.from_quantized(llama).save_pretrained(tmp_path / "out")
+
+
+def test_no_code_of_a_checkpoint_is_run(llama: Path, tmp_path: Path) -> None:
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "evil.py").write_text("raise SystemExit('this code ran')")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config["_attn_implementation"] = config["attn_implementation"] = "someone/kernel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = AutoQForCausalLM.from_quantized(llama, device_map="cpu")
+    with pytest.warns(UserWarning, match="ignored.*trust_remote_code"):
+        loaded = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu", trust_remote_code=True)
+    assert torch.equal(loaded(_prompt()).logits, expected(_prompt()).logits)
+    config["model_type"] = "evil"
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="ignored"), pytest.raises((ValueError, AutoQError)):
+        AutoQForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
 def test_options_of_autoawq(llama: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ignored.*max_seq_len, fuse_layers=True"):
+    with pytest.warns(UserWarning, match=r"ignored.*max_seq_len, fuse_layers"):
         AutoQForCausalLM.from_quantized(llama, device_map="cpu", fuse_layers=True, max_seq_len=512)
+    assert AutoQForCausalLM.from_quantized(llama, device_map="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         AutoQForCausalLM.from_quantized(llama, nonsense=1)
     with pytest.raises(ConfigError, match=r"torch_dtype is torch\.int8"):

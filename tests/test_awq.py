@@ -100,11 +100,15 @@ def test_fold_makes_up_for_the_rounding_of_the_norm(dtype: torch.dtype) -> None:
     norm = nn.LayerNorm(32, dtype=dtype)
     linear = nn.Linear(32, 8, dtype=torch.float64)
     nn.init.uniform_(norm.weight, 0.5, 2)
-    before = norm.weight.double() * linear.weight
+    nn.init.uniform_(norm.bias, 0.5, 2)
+    before, constant = norm.weight.double() * linear.weight, norm.bias.double() * linear.weight
     scale = torch.rand(32, dtype=torch.float32) * 5 + 0.2
     returned = awq.fold_scale(norm, [linear], scale)
     torch.testing.assert_close(norm.weight.double() * linear.weight, before, rtol=1e-6, atol=0)
     torch.testing.assert_close(returned, scale, rtol=1e-2, atol=0)
+    # The bias is rounded once, like any number of its dtype.
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(norm.bias.double() * linear.weight, constant, rtol=tolerance, atol=0)
 
 
 def test_fold_into_a_scaled_activation() -> None:

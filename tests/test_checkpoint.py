@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,10 @@ from autoq.checkpoint import write_checkpoint
 from autoq.errors import AutoQError, CheckpointError
 from autoq.nn import QuantLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:too little calibration data"),
+    pytest.mark.filterwarnings("ignore:the group size .* does not divide"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +242,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "group size mistyped": (lambda d: _quant(d, group_size="128"), "group_size is '128'"),
     "wrong bits for the tensors": (lambda d: _quant(d, bits=8, version="dense"), "asks for"),
     "unknown model type": (lambda d: _config(d, model_type="nonesuch"), "no model transformers knows"),
+    "fewer layers": (lambda d: _config(d, num_hidden_layers=1), "does not have"),
+    "tied by the config alone": (lambda d: _config(d, tie_word_embeddings=True), "two tensors that differ"),
+    "size mistyped": (lambda d: _config(d, vocab_size="many"), "config"),
+    "heads that do not divide": (lambda d: _config(d, num_attention_heads=3, head_dim=None), "config|asks for"),
+    "unknown activation": (lambda d: _config(d, hidden_act="evil"), "config"),
+    "generation config": (
+        lambda d: _edit_json(d / "generation_config.json", lambda g: g.update(cache_implementation="evil")),
+        "not a generation config",
+    ),
+    "unknown tensor": (
+        lambda d: _edit_tensors(d, lambda t: t.__setitem__("model.layers.0.mlp.act_fn.scales", torch.ones(96))),
+        "act_fn.scales.*does not have",
+    ),
     "negative size": (lambda d: _config(d, hidden_size=-4), "config"),
     "other width": (lambda d: _config(d, intermediate_size=128), "asks for"),
     "other vocabulary": (lambda d: _config(d, vocab_size=999), "asks for"),
@@ -327,6 +344,58 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(copy: Path) -> None:
         write_checkpoint(copy, tensors(), {"config.json": "{}"}, 10**9)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert not list(copy.parent.glob(".*"))
+
+
+def test_files_of_others_stay(copy: Path) -> None:
+    (copy / "adapter_model.safetensors").write_bytes(b"mine")
+    quantized(variant("llama-gqa"), bits=3).save_quantized(copy)
+    assert (copy / "adapter_model.safetensors").read_bytes() == b"mine"
+    assert "Quantized to 3 bits" in (copy / "README.md").read_text()
+
+
+def test_a_full_precision_model_is_not_overwritten(tmp_path: Path) -> None:
+    variant("llama-gqa").model().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="not quantized; save the quantized one somewhere else"):
+        quantized(variant("llama-gqa")).save_quantized(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("function", ["replace", "unlink", "fsync"])
+def test_a_save_that_fails_at_any_step_leaves_one_checkpoint_or_none(
+    function: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails every call of a file operation in turn: what is left loads as the old or the new model, or not at all."""
+    old, new = AutoQForCausalLM.from_quantized(saved, device_map="cpu"), quantized(variant("llama-gqa"), bits=3)
+    logits = [_logits(old), _logits(new)]
+    original = getattr(os, function)
+    refused = failing = 0
+    finished = False
+    while not finished:
+        out = tmp_path / str(failing)
+        shutil.copytree(saved, out)
+        with monkeypatch.context() as patch:
+            calls = iter(range(failing))
+
+            def fail_in_turn(*args: Any, calls: Any = calls, **options: Any) -> Any:
+                if next(calls, None) is None:
+                    raise OSError("the machine went away")
+                return original(*args, **options)
+
+            patch.setattr(os, function, fail_in_turn)
+            try:
+                new.save_quantized(out)
+                finished = True
+            except OSError:
+                failing += 1
+        try:
+            found = _logits(AutoQForCausalLM.from_quantized(out, device_map="cpu"))
+            assert any(torch.equal(found, expected) for expected in logits)
+        except CheckpointError:
+            refused += 1
+            assert not finished
+    assert failing > 2
+    assert refused > 0
 
 
 def test_saving_needs_a_quantized_model_and_a_place(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from autoq.nn.activation import ScaledActivation
-
 FakeQuantize = Callable[[Tensor], Tensor]
 
 # The paper's grids: 20 ratios between weight and activation magnitude, 10 ranges down to half the largest weight.
@@ -93,7 +91,7 @@ def candidate_scales(
 def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, candidates: Sequence[Tensor]) -> Tensor:
     """The candidate `s` with the smallest error `|Q(W s)(X / s) - W X|^2`; the first one wins a tie.
 
-    Of a tall weight, evenly spread rows choose a few finalists, which are then compared on all rows: neighbouring
+    Of a tall weight, a sample of the rows chooses a few finalists, which are then compared on all rows: neighbouring
     ratios differ by less than the choice of rows could hide.
 
     weight: the weights that read the activation, one above the other, fp32 or fp64 `[out, in]`.
@@ -103,8 +101,11 @@ def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, cand
     """
     finalists = list(range(len(candidates)))
     if weight.shape[0] >= 2 * _SCREENED_ROWS:
-        step = weight.shape[0] // _SCREENED_ROWS
-        errors = _scale_errors(weight[::step], gram, fake_quantize, candidates, finalists)
+        # Drawn at random: at equal distances they could all be the same few positions of a head.
+        drawn = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(0))[:_SCREENED_ROWS]
+        errors = _scale_errors(
+            weight[drawn.sort().values.to(weight.device)], gram, fake_quantize, candidates, finalists
+        )
         finalists = sorted(errors, key=errors.__getitem__)[:_FINALISTS]
     errors = _scale_errors(weight, gram, fake_quantize, candidates, sorted(finalists))
     return candidates[min(errors, key=errors.__getitem__)]
@@ -125,7 +126,7 @@ def _scale_errors(
 def fold_scale(prev: nn.Module, linears: Sequence[nn.Linear], scale: Tensor, rows: Tensor | None = None) -> Tensor:
     """Multiplies the linears' input channels by `scale` and makes the previous operation divide by it.
 
-    prev: a norm, a linear or a ScaledActivation.
+    prev: a norm, a linear, or a scaled activation (a module that divides its output by its buffer `scales`).
     scale: `[channels]`, positive.
     rows: the output row of a previous linear behind each channel, int64 `[channels]`; None: one to one.
     Returns the scale the linears were multiplied by. It differs from `scale` by the rounding of a norm's weight to
@@ -137,10 +138,11 @@ def fold_scale(prev: nn.Module, linears: Sequence[nn.Linear], scale: Tensor, row
             prev.weight.div_(row_scale.to(prev.weight.dtype).unsqueeze(1))
             if prev.bias is not None:
                 prev.bias.div_(row_scale.to(prev.bias.dtype))
-        elif isinstance(prev, ScaledActivation):
-            before = prev.scales.to(scale.dtype, copy=True)
-            prev.scales.copy_(before * scale)
-            scale = prev.scales.to(scale.dtype) / before
+        elif "scales" in dict(prev.named_buffers(recurse=False)):
+            scales = prev.get_buffer("scales")
+            before = scales.to(scale.dtype, copy=True)
+            scales.copy_(before * scale)
+            scale = scales.to(scale.dtype) / before
         else:
             scale = _divide_norm(prev, scale)
         for linear in linears:
@@ -158,12 +160,13 @@ def scale_by_row(out_features: int, scale: Tensor, rows: Tensor | None) -> Tenso
 def _divide_norm(norm: nn.Module, scale: Tensor) -> Tensor:
     """Divides a norm's weight and bias by the scale; returns what the stored weight was really divided by."""
     weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
-    if bias is not None:
-        bias.div_(scale.to(bias.dtype))
     before = weight.to(scale.dtype, copy=True)
     weight.copy_(before / scale)
     after = weight.to(scale.dtype)
-    return torch.where((before != 0) & (after != 0), before / after, scale)
+    divided = torch.where((before != 0) & (after != 0), before / after, scale)
+    if bias is not None:
+        bias.copy_(bias.to(scale.dtype) / divided)
+    return divided
 
 
 def search_clip(

@@ -28,18 +28,19 @@ class Compensator:
         diagonal = gram.diagonal()
         self._order = torch.argsort(diagonal, descending=True, stable=True)
         gram = gram[self._order][:, self._order]
-        damping = _DAMPING * float(diagonal.mean())
-        if damping == 0:  # no input at all: nothing to go by
-            gram, damping = torch.zeros_like(gram), 1.0
-        # Correlations so strong that fp32 cannot factor the matrix need more damping.
-        while True:
+        # Only ratios matter; the largest entry becomes one, so that nothing over- or underflows.
+        gram = gram / gram.diagonal().max().clamp(min=torch.finfo(gram.dtype).tiny)
+        damping = max(_DAMPING * float(gram.diagonal().mean()), torch.finfo(gram.dtype).eps)
+        # Correlations so strong that fp32 cannot factor the matrix need more damping. It ends: once the damping exceeds
+        # the number of channels, the matrix is dominated by its diagonal.
+        failed = torch.ones(())
+        while failed:
             gram.diagonal().add_(damping)
             factor, failed = torch.linalg.cholesky_ex(gram)
             if not failed:
-                break
+                # Row j: how the channels behind j make up for an error of one in channel j, scaled by its diagonal.
+                self._update, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             damping *= 10
-        # Row j: how the channels behind j make up for an error of one in channel j, scaled by its diagonal.
-        self._update = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
 
     def round(self, weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
         """Codes for a weight on a grid.

@@ -50,12 +50,13 @@ def quantize_model(
     blocks = plan.architecture.decoder_blocks(model)
     report = QuantizationReport(calibration.describe(), calibration.tokens)
     with torch.no_grad():
-        activations = _block_inputs(model, blocks, calibration.samples)
+        activations = _block_inputs(model, blocks, calibration.samples, _block_kinds(model, len(blocks)))
         for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
             prefix = f"{plan.architecture.blocks}.{index}"
-            statistics = _observe(block, prefix, activations, plan)
+            statistics = _observe(block, prefix, activations, index, plan)
             report.linears += _quantize_block(block, prefix, statistics, plan)
     _warn_if_undercalibrated(report, plan.in_features)
+    _warn_of_surprises(plan)
     report.seconds = time.perf_counter() - start
     left_alone = tuple(dict.fromkeys([*config.modules_to_not_convert, *plan.left_alone]))
     return replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes), report
@@ -138,17 +139,28 @@ def _check_in_memory(block: nn.Module, prefix: str) -> None:
             )
 
 
-class _FirstBlockReached(Exception):
-    """Ends a forward pass that was started only for what reaches the first block."""
+class _LastBlockReached(Exception):
+    """Ends a forward pass that was started only for what reaches some blocks."""
 
 
 @dataclass
 class _Activations:
-    """What flows between blocks: hidden states by batch `[samples, tokens, hidden]`, and the keyword arguments every
-    block gets with them."""
+    """What flows between blocks, by batch.
+
+    hidden_states: `[samples, tokens, hidden]`.
+    keywords: the keyword arguments blocks get with them, for each kind of block.
+    kinds: the kind of every block.
+    """
 
     hidden_states: list[Tensor]
-    keywords: list[dict[str, Any]]
+    keywords: list[dict[str, dict[str, Any]]]
+    kinds: list[str]
+
+
+def _block_kinds(model: PreTrainedModel, count: int) -> list[str]:
+    """What tells blocks apart by their arguments: full and sliding attention have masks of their own."""
+    kinds = getattr(model.config, "layer_types", None)
+    return list(kinds) if kinds is not None and len(kinds) == count else ["all"] * count
 
 
 def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -162,23 +174,35 @@ def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
             yield torch.stack(same[first : first + count])
 
 
-def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor]) -> _Activations:
-    """Runs the model up to its first block."""
-    found = _Activations([], [])
+def _block_inputs(
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor], kinds: list[str]
+) -> _Activations:
+    """Runs the model as far as the first block of every kind."""
+    found = _Activations([], [], kinds)
+    firsts = {kind: kinds.index(kind) for kind in kinds}
 
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.hidden_states.append(args[0] if args else kwargs.pop("hidden_states"))
-        found.keywords.append(kwargs)
-        raise _FirstBlockReached
+    def record(kind: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if firsts[kind] == 0:
+                found.hidden_states.append(args[0] if args else kwargs["hidden_states"])
+                found.keywords.append({})
+            found.keywords[-1][kind] = keywords
+            if firsts[kind] == max(firsts.values()):
+                raise _LastBlockReached
 
-    device = model.device
-    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        return hook
+
+    handles = [
+        blocks[index].register_forward_pre_hook(record(kind), with_kwargs=True) for kind, index in firsts.items()
+    ]
     try:
         for batch in _batches(samples):
-            with suppress(_FirstBlockReached):
-                model(input_ids=batch.to(device), use_cache=False)
+            with suppress(_LastBlockReached):
+                model(input_ids=batch.to(model.device), use_cache=False)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return found
 
 
@@ -212,7 +236,9 @@ def _input_hooks(block: nn.Module, leaders: Iterable[str], statistics: dict[str,
             handle.remove()
 
 
-def _observe(block: nn.Module, prefix: str, activations: _Activations, plan: _Plan) -> dict[str, InputStatistics]:
+def _observe(
+    block: nn.Module, prefix: str, activations: _Activations, number: int, plan: _Plan
+) -> dict[str, InputStatistics]:
     """Sends the activations through the block, in place; returns the statistics of every linear's inputs.
 
     Linears of one scale group read the same activation, so one of them is observed for all.
@@ -224,7 +250,8 @@ def _observe(block: nn.Module, prefix: str, activations: _Activations, plan: _Pl
     device = next(block.parameters()).device
     with _input_hooks(block, set(leader_of.values()), statistics):
         for index, hidden in enumerate(activations.hidden_states):
-            keywords = {key: _to_device(value, device) for key, value in activations.keywords[index].items()}
+            keywords = activations.keywords[index][activations.kinds[number]]
+            keywords = {key: _to_device(value, device) for key, value in keywords.items()}
             output = block(hidden.to(device), **keywords)
             activations.hidden_states[index] = output[0] if isinstance(output, tuple) else output
     for name, entry in statistics.items():
@@ -296,16 +323,19 @@ def _scale_group(
     work: dict[str, _LinearWork],
     plan: _Plan,
 ) -> None:
-    """Searches one group's scale and folds it. If only some of its linears are quantized, those decide it."""
-    searched = [leaf for leaf in group.linears if work[leaf].name in plan.group_sizes]
-    if not searched:
+    """Searches one group's scale and folds it.
+
+    A group that touches a linear to be left as it is is left as it is: folding would change that linear's weight.
+    """
+    touched = [leaf for leaf in (group.prev, *group.linears) if leaf in work]
+    if any(work[leaf].name not in plan.group_sizes for leaf in touched):
         return
     if group.activation:
-        act = ScaledActivation(block.get_submodule(group.prev), inputs.gram.shape[0], work[searched[0]].dtype)
+        act = ScaledActivation(block.get_submodule(group.prev), inputs.gram.shape[0], work[group.linears[0]].dtype)
         replace_module(block, group.prev, act.to(inputs.gram.device))
     prev = block.get_submodule(group.prev)
-    weight = torch.cat([work[leaf].linear.weight for leaf in searched])
-    group_size = plan.group_sizes[work[searched[0]].name]
+    weight = torch.cat([work[leaf].linear.weight for leaf in group.linears])
+    group_size = plan.group_sizes[work[group.linears[0]].name]
     rows = None if group.rows is None else group.rows(plan.model_config).to(weight.device)
     magnitude = awq.weight_magnitude(weight, group_size) if plan.config.duo_scaling else None
     candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
@@ -357,6 +387,21 @@ def _quantize_linear(
         note="" if group_size == config.group_size else f"group size {config.group_size} does not divide its inputs",
     )
     return QuantLinear.from_weight(quantized, bias), report
+
+
+def _warn_of_surprises(plan: _Plan) -> None:
+    """Says what the user may not expect of the result."""
+    for pattern in plan.config.modules_to_not_convert:
+        if pattern not in "lm_head" and not any(pattern in name for name in plan.in_features):
+            warnings.warn(f"modules_to_not_convert: no linear of the blocks has {pattern!r} in its name", stacklevel=4)
+    if plan.other_group_sizes:
+        name, size = next(iter(plan.other_group_sizes.items()))
+        warnings.warn(
+            f"the group size {plan.config.group_size} does not divide the inputs of {len(plan.other_group_sizes)} "
+            f"linears, which got a smaller one ({name}: {size}). autoq loads such a checkpoint; engines with one group "
+            f'size for all, such as vLLM, do not: for them choose group_size={size} or indivisible="skip".',
+            stacklevel=4,
+        )
 
 
 def _warn_if_undercalibrated(report: QuantizationReport, widths: dict[str, int]) -> None:
