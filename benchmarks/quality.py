@@ -177,7 +177,8 @@ def _write(output: Path, rows: list[dict[str, Any]]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
     heading = "Perplexity / KL divergence to full precision x 1000, held-out text; lower is better.\n\n"
-    command = f"\n\n`python benchmarks/quality.py ...`, {', '.join(f'{k} {v}' for k, v in versions.items())}.\n"
+    options = " ".join(Path(part).name if "/" in part else part for part in sys.argv[1:])
+    command = f"\n\n`python benchmarks/quality.py {options}`; {', '.join(f'{k} {v}' for k, v in versions.items())}.\n"
     output.with_suffix(".md").write_text(heading + _table(rows) + command)
 
 

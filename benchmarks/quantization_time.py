@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from shapes import random_model
 
 from autoq import AutoQForCausalLM, __version__
+from autoq.evaluation.speed import peak_process_bytes
 
 
 def main() -> None:
@@ -66,17 +66,18 @@ def _autoq(arguments: argparse.Namespace) -> dict[str, Any]:
     model = AutoQForCausalLM(random_model("tinyllama-1.1b", torch.bfloat16, arguments.layers))
     generator = torch.Generator().manual_seed(0)  # the tokens autoawq_worker.py draws
     tokens = torch.randint(model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
-    before = _peak()
+    before = peak_process_bytes()
     start = time.perf_counter()
     model.quantize(
         None, {}, tokens, max_calib_samples=arguments.samples, max_calib_seq_len=arguments.length, progress=False
     )
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_rss_before": before, "peak_rss": _peak(), "versions": {"autoq": __version__}}
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": seconds,
+        "peak_rss_before": before,
+        "peak_rss": peak_process_bytes(),
+        "versions": {"autoq": __version__},
+    }
 
 
 def _table(results: dict[str, Any], arguments: argparse.Namespace) -> str:

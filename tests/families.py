@@ -1,10 +1,13 @@
-"""A small model of every family and of every variant of its config that changes what may be folded."""
+"""A small model of every family and of every variant of its config that changes what may be folded, and ways to make
+quantized ones of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -19,6 +22,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from autoq import AutoQForCausalLM
 
 VOCABULARY = 264
 
@@ -129,3 +134,22 @@ FAMILIES = tuple(
     for variant in VARIANTS
     if variant.name in {"llama-gqa", "opt", "bloom", "mpt", "falcon-multi-query", "gptj"}
 )
+
+
+def samples(count: int = 12, length: int = 32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, VOCABULARY, (count, length), generator=generator))
+
+
+def quantized(
+    variant: Variant, *, dtype: torch.dtype = torch.float32, calib: Any = None, **settings: Any
+) -> AutoQForCausalLM:
+    model = AutoQForCausalLM(variant.model().to(dtype))
+    model.quantize(
+        None, {"bits": 4, "group_size": 32, **settings}, calib or samples(), max_calib_seq_len=32, progress=False
+    )
+    return model
+
+
+def variant(name: str) -> Variant:
+    return next(entry for entry in VARIANTS if entry.name == name)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Variant
-from test_pipeline import quantized, samples, variant
+from families import FAMILIES, Variant, quantized, samples, variant
 from torch import Tensor
 from transformers import (
     BertConfig,

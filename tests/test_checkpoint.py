@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import VARIANTS, Variant
+from families import VARIANTS, Variant, quantized, samples, variant
 from safetensors.torch import load_file, save_file
-from test_pipeline import quantized, samples, variant
 from torch import Tensor
 
 from autoq import AutoQForCausalLM
@@ -416,7 +415,7 @@ _SAVE_FOREVER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_pipeline import quantized, variant
+from families import quantized, variant
 import torch
 torch.set_num_threads(1)
 models = [quantized(variant("llama-gqa")), quantized(variant("llama-gqa"), bits=3)]

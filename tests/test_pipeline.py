@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VARIANTS, VOCABULARY, Variant
+from families import FAMILIES, VARIANTS, Variant, quantized, samples, variant
 from torch import Tensor, nn
 from transformers import Qwen2Config
 
@@ -22,25 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:too little calibration data"),
     pytest.mark.filterwarnings("ignore:the group size .* does not divide"),
 ]
-
-
-def samples(count: int = 12, length: int = 32, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(3, VOCABULARY, (count, length), generator=generator))
-
-
-def quantized(
-    variant: Variant, *, dtype: torch.dtype = torch.float32, calib: Any = None, **settings: Any
-) -> AutoQForCausalLM:
-    model = AutoQForCausalLM(variant.model().to(dtype))
-    model.quantize(
-        None, {"bits": 4, "group_size": 32, **settings}, calib or samples(), max_calib_seq_len=32, progress=False
-    )
-    return model
-
-
-def variant(name: str) -> Variant:
-    return next(entry for entry in VARIANTS if entry.name == name)
 
 
 def _logits(model: nn.Module) -> Tensor:
