@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
-from autoq.errors import ConfigError
+from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import DeviceMap, find_checkpoint, load_quantized
+from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
 from autoq.quantization.report import QuantizationReport
@@ -80,7 +80,13 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype = kwargs.pop("dtype", torch_dtype)
         kwargs = _without_autoawq_options(kwargs, "from_pretrained")
         hub_options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False, **hub_options)
+        try:
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=False, **hub_options)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"no model could be read from {model_path}: it is neither a directory with the config.json of a model "
+                f"that transformers has built in, nor a hub repository that can be reached ({first_line(error)})"
+            ) from error
         architecture_of(config)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with AutoQForCausalLM.from_quantized")

@@ -222,6 +222,7 @@ def write_checkpoint(
         for name, text in documents.items():
             (staging / name).write_text(text, encoding="utf-8")
         for path in staging.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors are written for their owner alone
             _flush_to_disk(path)
         if staging.parent == directory:
             _replace_contents(directory, staging)

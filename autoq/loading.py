@@ -59,11 +59,12 @@ def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub_options))
     except Exception as error:  # the hub's many errors, from bad names to no network, all mean one thing here
         raise CheckpointError(
-            f"{path} is neither a directory nor a hub repository that can be reached ({_first_line(error)})"
+            f"{path} is neither a directory nor a hub repository that can be reached ({first_line(error)})"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another package says, without the pages that may follow."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -122,7 +123,7 @@ def load_quantized(
             model.generation_config = GenerationConfig.from_dict(settings)
         except Exception as error:  # as for the model's config
             raise CheckpointError(
-                f"{directory / 'generation_config.json'} is not a generation config ({_first_line(error)})"
+                f"{directory / 'generation_config.json'} is not a generation config ({first_line(error)})"
             ) from None
     model.eval()
     return placement.finish(), quant_config
@@ -140,7 +141,7 @@ def _model_config(directory: Path) -> PretrainedConfig:
         raise
     except Exception as error:  # a config can be wrong in more ways than transformers foresees
         raise CheckpointError(
-            f"{directory / CONFIG} describes no model transformers knows ({_first_line(error)})"
+            f"{directory / CONFIG} describes no model transformers knows ({first_line(error)})"
         ) from None
 
 
@@ -161,7 +162,7 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # as above
-        raise CheckpointError(f"the config describes no model that can be built ({_first_line(error)})") from None
+        raise CheckpointError(f"the config describes no model that can be built ({first_line(error)})") from None
 
 
 def _insert_quantized_linears(
@@ -360,7 +361,7 @@ def _resolve_device_map(
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"max_memory is {max_memory!r}; it should be a dict such as {{0: '20GiB', 'cpu': '60GiB'}} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     return resolved
 
@@ -397,7 +398,7 @@ def _device(device: Any) -> str | int:
             return str(found)
         problem = "it is not on this machine"
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        problem = _first_line(error)
+        problem = first_line(error)
     raise ConfigError(
         f"device_map asks for {device!r}: {problem}. It should be one of {', '.join(_STRATEGIES)}, a device such as "
         "'cpu' or 'cuda:0', or a dict from module names to devices"

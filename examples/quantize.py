@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="directory or hub name of the full-precision model")
     parser.add_argument("out", help="directory to write")
-    parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
     parser.add_argument("--group-size", type=int, default=128, help="16, 32, 64, 128, 256, or -1 for whole rows")
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")

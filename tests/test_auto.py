@@ -233,7 +233,7 @@ def test_no_code_of_a_checkpoint_is_run(llama: Path, tmp_path: Path) -> None:
     config["model_type"] = "evil"
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="ignored"), pytest.raises((ValueError, AutoQError)):
+    with pytest.warns(UserWarning, match="ignored"), pytest.raises(AutoQError, match="no model could be read"):
         AutoQForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 
@@ -250,6 +250,9 @@ def test_options_of_autoawq(llama: Path) -> None:
 def test_from_pretrained_refuses_what_it_cannot_quantize(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantized already"):
         AutoQForCausalLM.from_pretrained(llama)
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(AutoQError, match="no model could be read"):
+            AutoQForCausalLM.from_pretrained(place, local_files_only=True)
     config = BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, vocab_size=50)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(ArchitectureError, match="'bert'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autoq.errors import ConfigError
-from autoq.evaluation import perplexity as perplexity_module
 from autoq.evaluation.divergence import compare, kl_divergence
 from autoq.evaluation.perplexity import evaluating, perplexity, token_windows
 from autoq.evaluation.speed import greedy_step, measure_generation, model_bytes
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 3  # 216 tokens of a byte
+
+# The package exports the function under the name of the module.
+perplexity_module = importlib.import_module("autoq.evaluation.perplexity")
 
 
 class FixedLogits(nn.Module):

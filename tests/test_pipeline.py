@@ -113,6 +113,13 @@ def test_group_size_that_does_not_divide_takes_a_smaller_one_or_leaves_the_linea
         quantized(case, group_size=256, indivisible="skip")
 
 
+def test_one_smaller_group_size_for_all_is_the_group_size() -> None:
+    model = quantized(variant("gptj"), group_size=128)  # 64 and 256 wide
+    assert model.quant_config.module_group_sizes
+    only = quantized(variant("gptj"), group_size=128, modules_to_not_convert=["fc_out"])
+    assert (only.quant_config.group_size, only.quant_config.module_group_sizes) == (64, {})
+
+
 def test_modules_to_not_convert_stay_as_they_are() -> None:
     case = variant("llama-gqa")
     model = quantized(case, modules_to_not_convert=["down_proj", "v_proj", "layers.0.self_attn.q_proj"])

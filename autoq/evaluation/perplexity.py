@@ -44,7 +44,7 @@ def perplexity(
     model: Any,
     tokenizer: Any,
     text: str | Path | Tensor,
-    sequence_length: int | None = 2048,
+    sequence_length: int | None = None,
     max_windows: int | None = None,
     batch_size: int = 1,
     progress: bool = True,

@@ -59,7 +59,12 @@ def quantize_model(
     _warn_of_surprises(plan)
     report.seconds = time.perf_counter() - start
     left_alone = tuple(dict.fromkeys([*config.modules_to_not_convert, *plan.left_alone]))
-    return replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes), report
+    config = replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes)
+    sizes = set(plan.group_sizes.values())
+    if len(sizes) == 1:
+        # One size for all, even if not the one asked for, is what every engine can load.
+        config = replace(config, group_size=sizes.pop(), module_group_sizes={})
+    return config, report
 
 
 @dataclass(frozen=True)
@@ -394,7 +399,7 @@ def _warn_of_surprises(plan: _Plan) -> None:
     for pattern in plan.config.modules_to_not_convert:
         if pattern not in "lm_head" and not any(pattern in name for name in plan.in_features):
             warnings.warn(f"modules_to_not_convert: no linear of the blocks has {pattern!r} in its name", stacklevel=4)
-    if plan.other_group_sizes:
+    if len(set(plan.group_sizes.values())) > 1:
         name, size = next(iter(plan.other_group_sizes.items()))
         warnings.warn(
             f"the group size {plan.config.group_size} does not divide the inputs of {len(plan.other_group_sizes)} "

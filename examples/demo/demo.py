@@ -41,7 +41,7 @@ def main() -> None:
         _print_table(tokenizer, rows)
         _print_text(tokenizer, rows)
     print(
-        "\nNext, with a model of your own (a directory or a hub name):\n"
+        "\nNext, after `. .venv/bin/activate`, with a model of your own (a directory or a hub name):\n"
         "  python examples/quantize.py MODEL quantized-model\n"
         "  python examples/generate.py quantized-model 'Once upon a time'\n"
         "  python examples/evaluate.py quantized-model TEXT.txt --reference MODEL"
@@ -58,7 +58,9 @@ def _quantize(tokenizer: PreTrainedTokenizerBase, bits: int, search: bool, folde
     model = AutoQForCausalLM.from_pretrained(MODEL, torch_dtype=torch.float32)
     settings = {"bits": bits, "group_size": 128, "apply_scale": search, "apply_clip": search, "compensate": search}
     texts = list(islice(training_documents(), 200))
-    model.quantize(tokenizer, settings, texts, max_calib_samples=128, max_calib_seq_len=WINDOW, progress=False)
+    # Rounding to the nearest needs no data but for the report.
+    samples = 64 if search else 4
+    model.quantize(tokenizer, settings, texts, max_calib_samples=samples, max_calib_seq_len=WINDOW, progress=False)
     model.save_quantized(folder)
     return AutoQForCausalLM.from_quantized(folder)
 
