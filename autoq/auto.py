@@ -27,7 +27,7 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _AUTOAWQ_OPTIONS = {
     "from_pretrained": ("download_kwargs", "low_cpu_mem_usage", "safetensors", "trust_remote_code", "use_cache"),
     "from_quantized": (
-        "batch_size", "download_kwargs", "exllama_config", "max_seq_len", "quant_filename", "safetensors",
+        "batch_size", "download_kwargs", "exllama_config", "max_seq_len", "safetensors",
         "trust_remote_code", "use_exllama", "use_exllama_v2", "use_ipex", "use_qbits",
     ),
     "quantize": ("export_compatible", "max_chunk_memory", "n_parallel_calib_samples", "quantizer_cls"),
@@ -99,6 +99,7 @@ class AutoQForCausalLM(nn.Module):
     def from_quantized(
         cls,
         quant_path: str | Path,
+        quant_filename: str = "",
         *,
         device_map: DeviceMap | None = "auto",
         torch_dtype: torch.dtype | str = "auto",
@@ -110,6 +111,7 @@ class AutoQForCausalLM(nn.Module):
         """Loads a quantized checkpoint: one of autoq's, or an AWQ checkpoint in the GEMM format.
 
         quant_path: a directory or a hub name.
+        quant_filename: AutoAWQ's; the files are those the checkpoint's index names, and this is ignored.
         device_map: "auto", "balanced", "sequential", a device, or a dict from module names to devices ("disk" among
             them, which keeps the weights in `offload_folder`); max_memory: the bytes each device may hold.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
@@ -120,7 +122,9 @@ class AutoQForCausalLM(nn.Module):
         Raises CheckpointError when the checkpoint is incomplete, damaged, unsafe to read or not quantized.
         """
         torch_dtype = hub_options.pop("dtype", torch_dtype)
-        hub_options = _without_autoawq_options(hub_options, "from_quantized", fuse_layers=fuse_layers)
+        hub_options = _without_autoawq_options(
+            hub_options, "from_quantized", fuse_layers=fuse_layers, quant_filename=quant_filename
+        )
         for name in hub_options:
             if name not in _HUB_OPTIONS:
                 raise TypeError(f"AutoQForCausalLM.from_quantized() got an unexpected keyword argument {name!r}")
