@@ -221,8 +221,9 @@ def write_checkpoint(
         writer.finish()
         for name, text in documents.items():
             (staging / name).write_text(text, encoding="utf-8")
+        mode = 0o666 & ~_umask()
         for path in staging.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors are written for their owner alone
+            path.chmod(mode)  # safetensors are written for their owner alone
             _flush_to_disk(path)
         if staging.parent == directory:
             _replace_contents(directory, staging)

@@ -69,9 +69,9 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def read_quant_config(directory: Path) -> QuantConfig:
-    """The quantization settings of a checkpoint directory."""
-    settings = read_json(directory / CONFIG).get("quantization_config")
+def _quant_config(directory: Path, config: Mapping[str, Any]) -> QuantConfig:
+    """The quantization settings of a checkpoint directory, from its config.json or where older tools keep them."""
+    settings = config.get("quantization_config")
     for name in _OLD_CONFIGS:
         if settings is None and (directory / name).is_file():
             settings = read_json(directory / name)
@@ -100,8 +100,9 @@ def load_quantized(
     offload_folder: str | Path | None,
 ) -> tuple[PreTrainedModel, QuantConfig]:
     """Builds the model a checkpoint describes, with its weights packed and placed."""
-    quant_config = read_quant_config(directory)
-    config = _model_config(directory)
+    settings = read_json(directory / CONFIG)
+    quant_config = _quant_config(directory, settings)
+    config = _model_config(directory, settings)
     with CheckpointReader(directory) as reader:
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
         layout = get_format(quant_config.version)
@@ -129,16 +130,12 @@ def load_quantized(
     return placement.finish(), quant_config
 
 
-def _model_config(directory: Path) -> PretrainedConfig:
+def _model_config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfig:
+    # From here on the model is an ordinary one to transformers: its own AWQ loader must not step in. Nor may a
+    # checkpoint choose code to run: its own, or an attention kernel to fetch.
+    values = {name: value for name, value in config.items() if name not in _NOT_FOR_TRANSFORMERS}
     try:
-        values = read_json(directory / CONFIG)
-        # From here on the model is an ordinary one to transformers: its own AWQ loader must not step in. Nor may a
-        # checkpoint choose code to run: its own, or an attention kernel to fetch.
-        for name in _NOT_FOR_TRANSFORMERS:
-            values.pop(name, None)
         return CONFIG_MAPPING[str(values.get("model_type"))].from_dict(values)
-    except CheckpointError:
-        raise
     except Exception as error:  # a config can be wrong in more ways than transformers foresees
         raise CheckpointError(
             f"{directory / CONFIG} describes no model transformers knows ({first_line(error)})"
@@ -179,8 +176,7 @@ def _insert_quantized_linears(
                     f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} "
                     f"inputs of {name}"
                 )
-            groups = linear.in_features if size == -1 else size
-            spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
+            spec = LinearSpec.of(linear, config.bits, size, config.zero_point)
             obstacle = layout.obstacle(spec)
             if obstacle is not None:
                 raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
@@ -315,7 +311,7 @@ class _Placement:
         if device == "disk":
             self._offload_index = offload_weight(tensor, name, self._offload_folder, self._offload_index)
         else:
-            # dispatch_model offloads to the CPU from where it finds the weights; see its state_dict argument.
+            # What a GPU model keeps on the CPU is put there first; dispatch_model makes its copies from there.
             set_module_tensor_to_device(self._model, name, device, value=tensor, dtype=tensor.dtype)
 
     def finish(self) -> PreTrainedModel:

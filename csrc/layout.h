@@ -33,6 +33,9 @@ constexpr int kLanes = 16;        // output rows in a block
 constexpr int kUnitColumns = 32;  // input columns in a unit
 constexpr int kHalfColumns = 16;  // the step of the CPU kernels: groups always start at a multiple of it
 
+// The dtypes of activations and dense weights.
+enum class Float { kFloat32, kBFloat16, kFloat16 };
+
 // A packed weight. The pointers are borrowed.
 struct PackedWeight {
     const uint32_t* codes;

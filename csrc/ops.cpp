@@ -27,17 +27,6 @@ constexpr int64_t kPanelBytes = 8 << 20;
 // Below this many multiplications a thread is not worth waking.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
-cpu::Float float_of(ScalarType dtype) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return cpu::Float::kFloat32;
-        case ScalarType::BFloat16:
-            return cpu::Float::kBFloat16;
-        default:
-            return cpu::Float::kFloat16;
-    }
-}
-
 // Memory that a thread keeps between calls: one token makes hundreds of calls, and none should allocate.
 void* scratch(size_t bytes) {
     constexpr size_t kAlignment = 64;
@@ -93,7 +82,7 @@ void linear_out(const Tensor& input, const Tensor& weight, const std::optional<T
 
 void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t first_block, int64_t last_block) {
     const cpu::Kernels& kernels = cpu::kernels();
-    const cpu::Float dtype = float_of(dense.scalar_type());
+    const Float dtype = float_of(dense.scalar_type());
     char* data = static_cast<char*>(dense.data_ptr());
     const int64_t block_bytes = kLanes * weight.in_features * static_cast<int64_t>(dense.element_size());
     torch::stable::parallel_for(

@@ -15,6 +15,17 @@ inline bool is_supported_float(ScalarType dtype) {
     return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+inline Float float_of(ScalarType supported) {
+    switch (supported) {
+        case ScalarType::Float:
+            return Float::kFloat32;
+        case ScalarType::BFloat16:
+            return Float::kBFloat16;
+        default:
+            return Float::kFloat16;
+    }
+}
+
 inline Tensor make_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

@@ -185,7 +185,7 @@ def test_sliding_and_full_attention_get_their_own_masks() -> None:
     plan = pipeline._Plan.of(model, QuantConfig(group_size=32))
     with torch.no_grad():
         blocks = model.model.layers
-        activations = pipeline._block_inputs(model, blocks, samples(), pipeline._block_kinds(model, len(blocks)))
+        activations = pipeline._block_inputs(model, blocks, samples())
         for index, block in enumerate(blocks):
             statistics = pipeline._observe(block, "block", activations, index, plan)
     torch.testing.assert_close(statistics["mlp.down_proj"].gram, inputs.T @ inputs, rtol=1e-4, atol=1e-3)

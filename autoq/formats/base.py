@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoq.quantization.weight import QuantizedWeight
 
@@ -19,6 +19,12 @@ class LinearSpec(NamedTuple):
     bits: int
     group_size: int
     zero_point: bool
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bits: int, group_size: int, zero_point: bool) -> LinearSpec:
+        """What a linear becomes with a config's settings, a group size of -1 among them."""
+        size = linear.in_features if group_size == -1 else group_size
+        return cls(linear.out_features, linear.in_features, bits, size, zero_point)
 
     @property
     def groups(self) -> int:

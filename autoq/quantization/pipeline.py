@@ -50,7 +50,7 @@ def quantize_model(
     blocks = plan.architecture.decoder_blocks(model)
     report = QuantizationReport(calibration.describe(), calibration.tokens)
     with torch.no_grad():
-        activations = _block_inputs(model, blocks, calibration.samples, _block_kinds(model, len(blocks)))
+        activations = _block_inputs(model, blocks, calibration.samples)
         for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
             prefix = f"{plan.architecture.blocks}.{index}"
             statistics = _observe(block, prefix, activations, index, plan)
@@ -109,8 +109,7 @@ class _Plan:
                 f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
             )
         else:
-            groups = linear.in_features if size == -1 else size
-            spec = LinearSpec(linear.out_features, linear.in_features, config.bits, groups, config.zero_point)
+            spec = LinearSpec.of(linear, config.bits, size, config.zero_point)
             obstacle = get_format(config.version).obstacle(spec)
             if obstacle is None:
                 self.group_sizes[name] = size
@@ -179,10 +178,9 @@ def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
             yield torch.stack(same[first : first + count])
 
 
-def _block_inputs(
-    model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor], kinds: list[str]
-) -> _Activations:
+def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor]) -> _Activations:
     """Runs the model as far as the first block of every kind."""
+    kinds = _block_kinds(model, len(blocks))
     found = _Activations([], [], kinds)
     firsts = {kind: kinds.index(kind) for kind in kinds}
 

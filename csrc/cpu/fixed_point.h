@@ -26,8 +26,6 @@
 
 namespace autoq::cpu {
 
-enum class Float { kFloat32, kBFloat16, kFloat16 };
-
 constexpr int64_t kBlockHalves = 16;  // halves in a block at most: 256 columns
 constexpr int kMaxDigits = 4;
 

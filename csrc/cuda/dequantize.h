@@ -5,8 +5,6 @@
 
 namespace autoq::cuda {
 
-enum class Float { kFloat32, kBFloat16, kFloat16 };
-
 // Writes the dense weight, row-major [out_features, in_features], on the stream (a cudaStream_t). Returns null, or the
 // message of the launch's error.
 const char* dequantize(const PackedWeight& weight, void* dense, Float dtype, void* stream);

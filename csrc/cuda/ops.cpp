@@ -23,17 +23,6 @@ void* current_stream(int32_t device) {
     return stream;
 }
 
-cuda::Float float_of(ScalarType dtype) {
-    switch (dtype) {
-        case ScalarType::Float:
-            return cuda::Float::kFloat32;
-        case ScalarType::BFloat16:
-            return cuda::Float::kBFloat16;
-        default:
-            return cuda::Float::kFloat16;
-    }
-}
-
 Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t out_features, int64_t in_features, ScalarType dtype) {
     STD_TORCH_CHECK(is_supported_float(dtype),
