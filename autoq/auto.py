@@ -17,6 +17,7 @@ from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
 from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
+from autoq.nn.block import fuse_blocks
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
 from autoq.quantization.report import QuantizationReport
@@ -105,7 +106,7 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype: torch.dtype | str = "auto",
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
-        fuse_layers: bool = False,
+        fuse_layers: bool = True,
         **hub_options: Any,
     ) -> AutoQForCausalLM:
         """Loads a quantized checkpoint: one of autoq's, or an AWQ checkpoint in the GEMM format.
@@ -115,16 +116,15 @@ class AutoQForCausalLM(nn.Module):
         device_map: "auto", "balanced", "sequential", a device, or a dict from module names to devices ("disk" among
             them, which keeps the weights in `offload_folder`); max_memory: the bytes each device may hold.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
-        fuse_layers: this version runs every model unfused, with the same tokens; True is accepted and says so.
+        fuse_layers: decoder blocks on the CPU run in one native call each, without gradients, and give the same tokens;
+            False runs transformers' own.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are
             accepted and ignored with a warning.
 
         Raises CheckpointError when the checkpoint is incomplete, damaged, unsafe to read or not quantized.
         """
         torch_dtype = hub_options.pop("dtype", torch_dtype)
-        hub_options = _without_autoawq_options(
-            hub_options, "from_quantized", fuse_layers=fuse_layers, quant_filename=quant_filename
-        )
+        hub_options = _without_autoawq_options(hub_options, "from_quantized", quant_filename=quant_filename)
         for name in hub_options:
             if name not in _HUB_OPTIONS:
                 raise TypeError(f"AutoQForCausalLM.from_quantized() got an unexpected keyword argument {name!r}")
@@ -135,6 +135,8 @@ class AutoQForCausalLM(nn.Module):
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
+        if fuse_layers:
+            fuse_blocks(model)
         return cls(model, quant_config)
 
     def quantize(
@@ -198,6 +200,7 @@ class AutoQForCausalLM(nn.Module):
         training = self.model.training
         try:
             self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress)
+            fuse_blocks(self.model)
             self._interrupted = False
         finally:
             self.model.train(training)

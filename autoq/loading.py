@@ -84,11 +84,11 @@ def _quant_config(directory: Path, config: Mapping[str, Any]) -> QuantConfig:
     if method not in ("awq", "autoq"):
         raise CheckpointError(f"{directory} was quantized with {method!r}; autoq loads AWQ and its own checkpoints")
     try:
-        config = QuantConfig.from_checkpoint(settings)
-        get_format(config.version)
+        quant_config = QuantConfig.from_checkpoint(settings)
+        get_format(quant_config.version)
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from None
-    return config
+    return quant_config
 
 
 def load_quantized(

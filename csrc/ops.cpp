@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "cpu/kernels.h"
-#include "packed.h"
+#include "ops.h"
 
 namespace autoq {
 namespace {
@@ -127,6 +127,8 @@ void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t 
     STD_TORCH_CHECK(bias->is_cpu(), "autoq::linear: bias must be on the CPU, as the input is; move it there");
 }
 
+}  // namespace
+
 Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
               const std::optional<Tensor>& bias_, int64_t bits, int64_t out_features) {
     STD_TORCH_CHECK(input_.dim() >= 1, "autoq::linear: input must have at least one dimension, the features");
@@ -161,6 +163,8 @@ Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, c
     if (compute == dtype) return out;
     return torch::stable::view(torch::stable::to(result, dtype), shape);
 }
+
+namespace {
 
 Tensor dequantize(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits, int64_t out_features,
                   int64_t in_features, ScalarType dtype) {

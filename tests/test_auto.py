@@ -238,8 +238,8 @@ def test_no_code_of_a_checkpoint_is_run(llama: Path, tmp_path: Path) -> None:
 
 
 def test_options_of_autoawq(llama: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ignored.*max_seq_len, fuse_layers"):
-        AutoQForCausalLM.from_quantized(llama, device_map="cpu", fuse_layers=True, max_seq_len=512)
+    with pytest.warns(UserWarning, match=r"ignored.*max_seq_len"):
+        AutoQForCausalLM.from_quantized(llama, device_map="cpu", max_seq_len=512)
     AutoQForCausalLM.from_quantized(llama, "", device_map="cpu")
     assert AutoQForCausalLM.from_quantized(llama, device_map="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import CAPABILITIES, EXTENSION, needs_extension
 from torch import Tensor
 
 from autoq import ops
@@ -25,27 +25,6 @@ BITS = (2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding the result to the dtype; the multiplication itself is held to the first.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
-
-
-def load_extension() -> ModuleType | None:
-    return importlib.import_module("autoq._C") if ops.extension_missing() is None else None
-
-
-EXTENSION = load_extension()
-CAPABILITIES = EXTENSION.cpu_capabilities() if EXTENSION else ["reference"]
-needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the native extension is not installed")
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each set of kernels."""
-    if EXTENSION is None:
-        yield request.param
-        return
-    before = EXTENSION.cpu_capability()
-    EXTENSION.set_cpu_capability(request.param)
-    yield request.param
-    EXTENSION.set_cpu_capability(before)
 
 
 def make_weight(out_features: int, in_features: int, bits: int, group_size: int, seed: int = 0) -> QuantizedWeight:

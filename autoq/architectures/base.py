@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,119 @@ class ScaleGroup:
     when: Callable[[PretrainedConfig], bool] | None = None
 
 
+class Arrangement(IntEnum):
+    """How attention, MLP and residuals follow each other in a block."""
+
+    SEQUENTIAL = 0  # x + attention(norm(x)), then the same with the MLP
+    NORMED_RESIDUAL = 1  # as above, but the residual is the norm's output
+    POST_NORM = 2  # norm(x + attention(x)), then the same with the MLP
+    PARALLEL = 3  # x + attention(norm(x)) + MLP(norm(x)), with one norm or two
+
+
+class NormKind(IntEnum):
+    LAYER = 0
+    RMS = 1
+
+
+class RotaryKind(IntEnum):
+    """Which columns of a head turn together: i and i + n/2 of the first n, or 2i and 2i + 1."""
+
+    NONE = 0
+    HALVES = 1
+    PAIRS = 2
+
+
+class HeadLayout(NamedTuple):
+    """Where the heads are in a row of the q/k/v projection; of separate projections, one after the other.
+
+    Each group of `queries_per_group` query heads starts `group_stride` behind the one before; the key heads start at
+    `key_offset`, the value heads at `value_offset`, each `kv_stride` behind the one before.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    queries_per_group: int
+    group_stride: int
+    key_offset: int
+    value_offset: int
+    kv_stride: int
+
+    @classmethod
+    def consecutive(cls, heads: int, kv_heads: int, head_dim: int) -> HeadLayout:
+        """All query heads, then all key heads, then all value heads."""
+        keys = heads * head_dim
+        return cls(heads, kv_heads, head_dim, heads, 0, keys, keys + kv_heads * head_dim, head_dim)
+
+    @classmethod
+    def interleaved(cls, heads: int, kv_heads: int, head_dim: int) -> HeadLayout:
+        """For each key head its query heads, then it, then its value head."""
+        queries = heads // kv_heads
+        stride = (queries + 2) * head_dim
+        key = queries * head_dim
+        return cls(heads, kv_heads, head_dim, queries, stride, key, key + head_dim, stride)
+
+    @property
+    def row_size(self) -> int:
+        """Rows of the projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def query(self, head: int) -> int:
+        """The first row of a query head."""
+        group, within = divmod(head, self.queries_per_group)
+        return group * self.group_stride + within * self.head_dim
+
+    def key(self, head: int) -> int:
+        """The first row of a key head."""
+        return self.key_offset + head * self.kv_stride
+
+    def value(self, head: int) -> int:
+        """The first row of a value head."""
+        return self.value_offset + head * self.kv_stride
+
+    def value_rows(self) -> Tensor:
+        """The row behind each input channel of the output projection, int64 `[heads * head_dim]`: one value head for
+        each query head, or for several."""
+        shared = self.heads // self.kv_heads
+        starts = torch.tensor([self.value(head // shared) for head in range(self.heads)])
+        return (starts[:, None] + torch.arange(self.head_dim)).flatten()
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """What the fused runtime has to know of a block: its parts, by name within it, and how they are put together.
+
+    qkv: the projections that make queries, keys and values, in the order of `heads`.
+    mlp_norm: None where the MLP reads the attention norm's output.
+    up: the projection into the MLP, or the gate and then it.
+    query_norm, key_norm: RMS norms of each head before the rotary positions.
+    position_bias: the keyword under which the block is given what is added to the scores (alibi).
+    inverted_mask: boolean masks are true where a query must not look.
+    returns_tuple: the block returns `(hidden states, attention weights)`, not the hidden states alone.
+    scale: of the scores; None is `1 / sqrt(head_dim)`. clip: q, k and v are cut to [-clip, clip]; 0: they are not.
+    """
+
+    heads: HeadLayout
+    arrangement: Arrangement
+    norm: NormKind
+    rotary: RotaryKind
+    attention: str
+    attention_norm: str
+    qkv: tuple[str, ...]
+    attention_output: str
+    mlp_norm: str | None
+    up: tuple[str, ...]
+    activation: str
+    down: str
+    query_norm: str | None = None
+    key_norm: str | None = None
+    position_bias: str | None = None
+    inverted_mask: bool = False
+    returns_tuple: bool = True
+    scale: float | None = None
+    clip: float = 0.0
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One family of models.
@@ -46,12 +161,14 @@ class Architecture:
         the config is quantized as it is.
     unclipped: leaf names of the linears whose weights are never clipped: those that make queries and keys, since an
         error in their output says little about the error after the softmax (as in the original AWQ).
+    block: what the fused runtime has to know of a block under a config.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     scale_groups: tuple[ScaleGroup, ...]
     unclipped: tuple[str, ...]
+    block: Callable[[PretrainedConfig], DecoderBlock]
 
     def groups(self, config: PretrainedConfig, scale_activations: bool = False) -> list[ScaleGroup]:
         """The groups that are exact for this config."""
@@ -94,18 +211,3 @@ def named_linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
-
-
-def grouped_value_rows(config: PretrainedConfig) -> Tensor:
-    """Row of a separate V projection behind each input channel of the output projection, one KV head for several
-    query heads (grouped-query attention) or one each."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim)
-    return rows.expand(kv_heads, heads // kv_heads, head_dim).reshape(-1)
-
-
-def interleaved_value_rows(heads: int, head_dim: int) -> Tensor:
-    """V rows of a fused projection laid out `[heads, (q, k, v), head_dim]`."""
-    return torch.arange(heads * 3 * head_dim).view(heads, 3, head_dim)[:, 2].reshape(-1)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import Architecture, ScaleGroup, interleaved_value_rows
+from autoq.architectures.base import (
+    Architecture,
+    Arrangement,
+    DecoderBlock,
+    HeadLayout,
+    NormKind,
+    RotaryKind,
+    ScaleGroup,
+)
 
 
-def _value_rows(config: PretrainedConfig) -> Tensor:
+def _heads(config: PretrainedConfig) -> HeadLayout:
     heads = config.num_attention_heads
     head_dim = config.hidden_size // heads
     if config.new_decoder_architecture:
-        # [KV heads, (queries of the KV head, k, v), head_dim]
-        kv_heads = config.num_kv_heads
-        queries = heads // kv_heads
-        rows = torch.arange(kv_heads * (queries + 2) * head_dim).view(kv_heads, queries + 2, head_dim)[:, -1:]
-        return rows.expand(kv_heads, queries, head_dim).reshape(-1)
+        return HeadLayout.interleaved(heads, config.num_kv_heads, head_dim)
     if config.multi_query:
-        # [(queries of every head, k, v), head_dim]: one V for all heads.
-        return torch.arange((heads + 1) * head_dim, (heads + 2) * head_dim).repeat(heads)
-    return interleaved_value_rows(heads, head_dim)
+        return HeadLayout.consecutive(heads, 1, head_dim)
+    return HeadLayout.interleaved(heads, heads, head_dim)
+
+
+def _value_rows(config: PretrainedConfig) -> Tensor:
+    return _heads(config).value_rows()
 
 
 def _sequential(config: PretrainedConfig) -> bool:
@@ -40,6 +46,30 @@ def _one_parallel_norm(config: PretrainedConfig) -> bool:
 _QKV = "self_attention.query_key_value"
 _UP = "mlp.dense_h_to_4h"
 
+
+def _block(config: PretrainedConfig) -> DecoderBlock:
+    norm, mlp_norm = "input_layernorm", None
+    if _two_parallel_norms(config):
+        norm, mlp_norm = "ln_attn", "ln_mlp"
+    elif _sequential(config):
+        mlp_norm = "post_attention_layernorm"
+    return DecoderBlock(
+        heads=_heads(config),
+        arrangement=Arrangement.SEQUENTIAL if _sequential(config) else Arrangement.PARALLEL,
+        norm=NormKind.LAYER,
+        # Alibi is part of the mask that the block is given.
+        rotary=RotaryKind.NONE if config.alibi else RotaryKind.HALVES,
+        attention="self_attention",
+        attention_norm=norm,
+        qkv=(_QKV,),
+        attention_output="self_attention.dense",
+        mlp_norm=mlp_norm,
+        up=(_UP,),
+        activation="mlp.act",
+        down="mlp.dense_4h_to_h",
+    )
+
+
 ARCHITECTURE = Architecture(
     model_types=("falcon",),
     blocks="transformer.h",
@@ -53,4 +83,5 @@ ARCHITECTURE = Architecture(
         ScaleGroup("mlp.act", ("mlp.dense_4h_to_h",), activation=True),
     ),
     unclipped=("query_key_value",),
+    block=_block,
 )

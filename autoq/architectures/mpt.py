@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import Architecture, ScaleGroup
+from autoq.architectures.base import (
+    Architecture,
+    Arrangement,
+    DecoderBlock,
+    HeadLayout,
+    NormKind,
+    RotaryKind,
+    ScaleGroup,
+)
+
+
+def _heads(config: PretrainedConfig) -> HeadLayout:
+    return HeadLayout.consecutive(config.n_heads, config.n_heads, config.d_model // config.n_heads)
 
 
 def _value_rows(config: PretrainedConfig) -> Tensor:
-    return torch.arange(2 * config.d_model, 3 * config.d_model)
+    return _heads(config).value_rows()
+
+
+def _block(config: PretrainedConfig) -> DecoderBlock:
+    return DecoderBlock(
+        heads=_heads(config),
+        arrangement=Arrangement.SEQUENTIAL,
+        norm=NormKind.LAYER,
+        rotary=RotaryKind.NONE,
+        attention="attn",
+        attention_norm="norm_1",
+        qkv=("attn.Wqkv",),
+        attention_output="attn.out_proj",
+        mlp_norm="norm_2",
+        up=("ffn.up_proj",),
+        activation="ffn.act",
+        down="ffn.down_proj",
+        position_bias="position_bias",
+        inverted_mask=True,
+        scale=config.attn_config.softmax_scale,
+        clip=config.attn_config.clip_qkv or 0.0,
+    )
 
 
 ARCHITECTURE = Architecture(
@@ -26,4 +58,5 @@ ARCHITECTURE = Architecture(
         ScaleGroup("ffn.act", ("ffn.down_proj",), activation=True),
     ),
     unclipped=("Wqkv",),
+    block=_block,
 )

@@ -54,18 +54,19 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight `[out, in]`, made anew at each access; fp16 as its scales, or the bias's dtype."""
         dtype = self.scales.dtype if self.bias is None else self.bias.dtype
-        return ops.dequantize(self._packed(), self.spec.bits, self.out_features, self.in_features, dtype)
+        return ops.dequantize(self.packed(), self.spec.bits, self.out_features, self.in_features, dtype)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it was packed."""
         spec = self.spec
-        return ops.unpack(self._packed(), spec.bits, spec.out_features, spec.in_features, not spec.zero_point)
+        return ops.unpack(self.packed(), spec.bits, spec.out_features, spec.in_features, not spec.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return ops.linear(x, self._packed(), bias, self.spec.bits, self.spec.out_features)
+        return ops.linear(x, self.packed(), bias, self.spec.bits, self.spec.out_features)
 
-    def _packed(self) -> PackedWeight:
+    def packed(self) -> PackedWeight:
+        """The tensors that the operators take."""
         return PackedWeight(self.codes, self.scales, self.zeros)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -1,0 +1,257 @@
+"""The operator that runs one decoder block of any family: its schema, its reference in plain torch and its fake.
+
+A block is what csrc/block.cpp says: norm, q/k/v in one projection, attention over a cache, output projection, norm, MLP
+and residuals. What families differ in is given as numbers, so that one operator serves them all; `BlockSettings` names
+them. The tensors come as one list, in the order of `BlockTensors`; one that is absent is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autoq import ops
+from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
+
+
+class ActivationKind(IntEnum):
+    RELU = 0
+    SILU = 1
+    GELU = 2
+    GELU_TANH = 3
+    QUICK_GELU = 4
+
+
+class BlockTensors(NamedTuple):
+    """The tensors of a block in the order of the operator; linears as in `ops.PackedWeight`, with their bias."""
+
+    attention_norm: Tensor
+    attention_norm_bias: Tensor
+    qkv_codes: Tensor
+    qkv_scales: Tensor
+    qkv_zeros: Tensor
+    qkv_bias: Tensor
+    output_codes: Tensor
+    output_scales: Tensor
+    output_zeros: Tensor
+    output_bias: Tensor
+    mlp_norm: Tensor
+    mlp_norm_bias: Tensor
+    up_codes: Tensor
+    up_scales: Tensor
+    up_zeros: Tensor
+    up_bias: Tensor
+    down_codes: Tensor
+    down_scales: Tensor
+    down_zeros: Tensor
+    down_bias: Tensor
+    activation_scales: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a block is beside its tensors.
+
+    gated: the up projection gives `[gate | up]`, and the activation of the gate multiplies up.
+    intermediate: features between the up and the down projection.
+    inverted_mask: a boolean mask is true where a query must not look, rather than where it may.
+    bits: of q/k/v, output, up and down projection.
+    epsilons: of the attention norm, the MLP norm and the norms of query and key heads.
+    scale: factor of the attention scores.
+    clip: q, k and v are cut to [-clip, clip]; 0: they are not.
+    """
+
+    heads: HeadLayout
+    arrangement: Arrangement
+    norm: NormKind
+    activation: ActivationKind
+    gated: bool
+    intermediate: int
+    rotary: RotaryKind
+    inverted_mask: bool
+    bits: tuple[int, int, int, int]
+    epsilons: tuple[float, float, float]
+    scale: float
+    clip: float
+
+    def integers(self) -> list[int]:
+        """The whole-number settings, in the order of the operator."""
+        return [
+            *self.heads, int(self.arrangement), int(self.norm), int(self.activation), int(self.gated),
+            self.intermediate, int(self.rotary), int(self.inverted_mask), *self.bits,
+        ]  # fmt: skip
+
+    def constants(self) -> list[float]:
+        """The others, in the order of the operator."""
+        return [*self.epsilons, self.scale, self.clip]
+
+    @classmethod
+    def of(cls, integers: list[int], constants: list[float]) -> BlockSettings:
+        """The inverse of `integers` and `constants`."""
+        heads, rest = HeadLayout(*integers[:8]), integers[8:]
+        return cls(
+            heads, Arrangement(rest[0]), NormKind(rest[1]), ActivationKind(rest[2]), bool(rest[3]), rest[4],
+            RotaryKind(rest[5]), bool(rest[6]), (rest[7], rest[8], rest[9], rest[10]),
+            (constants[0], constants[1], constants[2]), constants[3], constants[4],
+        )  # fmt: skip
+
+
+_library = torch.library.Library("autoq", "FRAGMENT")
+_library.define(
+    "decoder_block(Tensor hidden, Tensor(a!) keys, Tensor(b!) values, int past, Tensor? cosines, Tensor? sines, "
+    "Tensor? mask, Tensor? bias, Tensor[] tensors, int[] settings, float[] constants) -> Tensor"
+)
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: float) -> Tensor:
+    wide = x.float()
+    if kind == NormKind.LAYER:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    wide = wide * weight.float() if weight.numel() else wide
+    return (wide + bias.float() if bias.numel() else wide).to(x.dtype)
+
+
+def _project(x: Tensor, tensors: BlockTensors, name: str, bits: int, out_features: int) -> Tensor:
+    packed = ops.PackedWeight(*(getattr(tensors, f"{name}_{leaf}") for leaf in ops.PackedWeight._fields))
+    bias = getattr(tensors, f"{name}_bias")
+    return ops.linear(x, packed, bias if bias.numel() else None, bits, out_features)
+
+
+def _activate(x: Tensor, kind: ActivationKind) -> Tensor:
+    if kind == ActivationKind.RELU:
+        return functional.relu(x)
+    if kind == ActivationKind.SILU:
+        return functional.silu(x)
+    if kind == ActivationKind.QUICK_GELU:
+        return x * torch.sigmoid(1.702 * x)
+    return functional.gelu(x, approximate="tanh" if kind == ActivationKind.GELU_TANH else "none")
+
+
+def _rotate(x: Tensor, kind: RotaryKind, cosines: Tensor | None, sines: Tensor | None) -> Tensor:
+    """Turns heads `[batch, tokens, heads, head_dim]`, fp32, by their positions."""
+    if kind == RotaryKind.NONE:
+        return x
+    assert cosines is not None
+    assert sines is not None
+    angles = cosines.shape[-1] // 2 if kind == RotaryKind.HALVES else cosines.shape[-1]
+    cos, sin = (table[:, :, None, :angles].float() for table in (cosines, sines))
+    turned, rest = x[..., : 2 * angles], x[..., 2 * angles :]
+    if kind == RotaryKind.HALVES:
+        first, second = turned[..., :angles], turned[..., angles:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    first, second = turned[..., ::2], turned[..., 1::2]
+    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), -1)
+    return torch.cat((pairs.flatten(-2), rest), -1)
+
+
+def _heads(qkv: Tensor, starts: list[int], head_dim: int) -> Tensor:
+    """The heads that start at these columns, `[batch, tokens, heads, head_dim]` in fp32."""
+    columns = torch.tensor(starts, device=qkv.device)[:, None] + torch.arange(head_dim, device=qkv.device)
+    return qkv[:, :, columns.flatten()].unflatten(-1, (len(starts), head_dim)).float()
+
+
+def _score_term(tensor: Tensor, inverted: bool) -> Tensor:
+    if tensor.dtype != torch.bool:
+        return tensor.float()
+    return torch.zeros_like(tensor, dtype=torch.float32).masked_fill(tensor if inverted else ~tensor, -1e30)
+
+
+def _attend(
+    qkv: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, tensors: BlockTensors, settings: BlockSettings,
+) -> Tensor:  # fmt: skip
+    layout = settings.heads
+    batch, tokens, _ = qkv.shape
+    seen = past + tokens
+    if settings.clip:
+        qkv = qkv.clamp(-settings.clip, settings.clip)
+    q = _heads(qkv, [layout.query(h) for h in range(layout.heads)], layout.head_dim)
+    k = _heads(qkv, [layout.key(g) for g in range(layout.kv_heads)], layout.head_dim)
+    v = _heads(qkv, [layout.value(g) for g in range(layout.kv_heads)], layout.head_dim)
+    nothing = qkv.new_empty(0)
+    if tensors.query_norm.numel():
+        q = _norm(q, tensors.query_norm, nothing, NormKind.RMS, settings.epsilons[2])
+    if tensors.key_norm.numel():
+        k = _norm(k, tensors.key_norm, nothing, NormKind.RMS, settings.epsilons[2])
+    q, k = (_rotate(x, settings.rotary, cosines, sines) for x in (q, k))
+    keys[:, :, past:seen] = k.transpose(1, 2)
+    values[:, :, past:seen] = v.transpose(1, 2)
+    shared = layout.heads // layout.kv_heads
+    all_keys, all_values = (x[:, :, :seen].float().repeat_interleave(shared, 1) for x in (keys, values))
+    scores = q.transpose(1, 2) @ all_keys.transpose(2, 3) * settings.scale
+    if mask is not None:
+        scores = scores + _score_term(mask, settings.inverted_mask)
+    if bias is not None:
+        scores = scores + _score_term(bias, False)
+    future = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).triu(past + 1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    return (weights @ all_values).transpose(1, 2).reshape(batch, tokens, -1).to(qkv.dtype)
+
+
+def _mlp(x: Tensor, tensors: BlockTensors, settings: BlockSettings) -> Tensor:
+    width = settings.intermediate
+    up = _project(x, tensors, "up", settings.bits[2], 2 * width if settings.gated else width)
+    active = _activate(up[..., :width].float(), settings.activation)
+    if settings.gated:
+        active = active * up[..., width:].float()
+    if tensors.activation_scales.numel():
+        active = active / tensors.activation_scales.float()
+    return _project(active.to(x.dtype), tensors, "down", settings.bits[3], x.shape[-1])
+
+
+def _reference(
+    hidden: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
+) -> Tensor:  # fmt: skip
+    parts, chosen = BlockTensors(*tensors), BlockSettings.of(settings, constants)
+
+    def norm(x: Tensor, name: str, epsilon: float) -> Tensor:
+        return _norm(x, getattr(parts, name), getattr(parts, f"{name}_bias"), chosen.norm, epsilon)
+
+    def attention(x: Tensor) -> Tensor:
+        qkv = _project(x, parts, "qkv", chosen.bits[0], chosen.heads.row_size)
+        mixed = _attend(qkv, keys, values, past, cosines, sines, mask, bias, parts, chosen)
+        return _project(mixed, parts, "output", chosen.bits[1], hidden.shape[-1])
+
+    def total(*terms: Tensor) -> Tensor:
+        return torch.stack([term.float() for term in terms]).sum(0).to(hidden.dtype)
+
+    first, second, _ = chosen.epsilons
+    if chosen.arrangement == Arrangement.POST_NORM:
+        middle = norm(total(hidden, attention(hidden)), "attention_norm", first)
+        return norm(total(middle, _mlp(middle, parts, chosen)), "mlp_norm", second)
+    normed = norm(hidden, "attention_norm", first)
+    attended = attention(normed)
+    if chosen.arrangement == Arrangement.PARALLEL:
+        own = norm(hidden, "mlp_norm", second) if parts.mlp_norm.numel() else normed
+        return total(hidden, attended, _mlp(own, parts, chosen))
+    on_normed = chosen.arrangement == Arrangement.NORMED_RESIDUAL
+    middle = total(normed if on_normed else hidden, attended)
+    own = norm(middle, "mlp_norm", second)
+    return total(own if on_normed else middle, _mlp(own, parts, chosen))
+
+
+def _fake(
+    hidden: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+_library.impl("decoder_block", _reference, "CompositeExplicitAutograd")
+torch.library.register_fake("autoq::decoder_block", _fake, lib=_library)
+
+reference_decoder_block = _reference
+decoder_block = torch.ops.autoq.decoder_block.default

@@ -1,0 +1,83 @@
+// Compiles the block's kernels for each instruction set.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "block.h"
+
+#if defined(__x86_64__)
+// GCC warns of the undefined values inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "kernels.h"
+
+// Functions that take vectors are inlined, so how a call would pass them does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__clang__)
+#define AUTOQ_BEGIN_TARGET(features) \
+    _Pragma(AUTOQ_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define AUTOQ_END_TARGET _Pragma("clang attribute pop")
+#else
+#define AUTOQ_BEGIN_TARGET(features) _Pragma("GCC push_options") _Pragma(AUTOQ_STRING(GCC target(features)))
+#define AUTOQ_END_TARGET _Pragma("GCC pop_options")
+#endif
+#define AUTOQ_STRING(...) #__VA_ARGS__
+
+namespace autoq::cpu {
+namespace {
+
+template <class Function>
+void with_dtype(Float dtype, Function&& function) {
+    switch (dtype) {
+        case Float::kFloat32:
+            return function(std::integral_constant<Float, Float::kFloat32>{});
+        case Float::kBFloat16:
+            return function(std::integral_constant<Float, Float::kBFloat16>{});
+        default:
+            return function(std::integral_constant<Float, Float::kFloat16>{});
+    }
+}
+
+namespace portable {
+#define AUTOQ_LEVEL 0
+#include "block_kernels.h"
+#undef AUTOQ_LEVEL
+}  // namespace portable
+
+#if defined(__x86_64__)
+AUTOQ_BEGIN_TARGET("avx2,fma,f16c")
+namespace avx2 {
+#define AUTOQ_LEVEL 256
+#include "block_kernels.h"
+#undef AUTOQ_LEVEL
+}  // namespace avx2
+AUTOQ_END_TARGET
+
+AUTOQ_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+namespace avx512 {
+#define AUTOQ_LEVEL 512
+#include "block_kernels.h"
+#undef AUTOQ_LEVEL
+}  // namespace avx512
+AUTOQ_END_TARGET
+#endif
+
+}  // namespace
+
+const BlockKernels& block_kernels() {
+#if defined(__x86_64__)
+    const std::string set = capability();
+    if (set == "avx2") return avx2::kernels_of_set;
+    if (set != "portable") return avx512::kernels_of_set;
+#endif
+    return portable::kernels_of_set;
+}
+
+}  // namespace autoq::cpu

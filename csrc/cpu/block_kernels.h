@@ -1,0 +1,389 @@
+// The block's kernels in one source for every instruction set. Included by block_kernels.cpp, once for each, inside its
+// namespace and its target region; no include guard.
+#include "vector.h"
+
+// Values are read and written in steps of a register; the last step of a row may be a part of one.
+template <class Step>
+AUTOQ_VECTOR void for_each_step(int64_t columns, Step&& step) {
+    for (int64_t column = 0; column < columns; column += 16)
+        step(column, columns - column < 16 ? columns - column : 16);
+}
+
+// ---- norm --------------------------------------------------------------------------------------------------------
+
+template <Float DTYPE>
+AUTOQ_VECTOR void norm_row(const Norm& norm, const void* input, void* output, int64_t from, int64_t to,
+                           int64_t columns) {
+    Lanes sum{}, squares{};
+    float mean = 0.0f;
+    if (norm.kind == NormKind::kLayer) {
+        for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            sum += load_some<DTYPE>(input, from + column, count);
+        });
+        mean = sum_of(sum) / static_cast<float>(columns);
+    }
+    for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes value = load_some<DTYPE>(input, from + column, count) - all_lanes(mean);
+        if (count < 16) {  // the lanes behind the row are not values
+            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            value = lane < static_cast<int32_t>(count) ? value : Lanes{};
+        }
+        squares = multiply_add(value, value, squares);
+    });
+    const float inverse = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(columns) + norm.epsilon);
+    for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes value = load_some<DTYPE>(input, from + column, count) - all_lanes(mean);
+        value *= all_lanes(inverse);
+        if (norm.weight) value *= load_some<DTYPE>(norm.weight, column, count);
+        if (norm.bias) value += load_some<DTYPE>(norm.bias, column, count);
+        store_some<DTYPE>(output, to + column, count, value);
+    });
+}
+
+template <Float DTYPE>
+void norm_rows(const Norm& norm, const void* input, void* output, int64_t columns, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        norm_row<DTYPE>(norm, input, output, row * columns, row * columns, columns);
+    }
+}
+
+// ---- elementwise -------------------------------------------------------------------------------------------------
+
+template <Float DTYPE>
+void add_values(const void* first, const void* second, const void* third, void* output, int64_t begin, int64_t end) {
+    for_each_step(end - begin, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes sum = load_some<DTYPE>(first, begin + column, count) + load_some<DTYPE>(second, begin + column, count);
+        if (third) sum += load_some<DTYPE>(third, begin + column, count);
+        store_some<DTYPE>(output, begin + column, count, sum);
+    });
+}
+
+AUTOQ_VECTOR Lanes sigmoid_weighted(Lanes x, Lanes argument) { return x / (1.0f + exponential(-argument)); }
+
+// erf by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
+AUTOQ_VECTOR Lanes gelu(Lanes x) {
+    const Lanes z = (x < 0.0f ? -x : x) * 0.70710678f;
+    const Lanes t = 1.0f / multiply_add(z, all_lanes(0.3275911f), all_lanes(1.0f));
+    Lanes sum = all_lanes(1.061405429f);
+    sum = multiply_add(sum, t, all_lanes(-1.453152027f));
+    sum = multiply_add(sum, t, all_lanes(1.421413741f));
+    sum = multiply_add(sum, t, all_lanes(-0.284496736f));
+    sum = multiply_add(sum, t, all_lanes(0.254829592f));
+    const Lanes tail = 0.5f * sum * t * exponential(-z * z);  // (1 - erf(z)) / 2
+    return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+AUTOQ_VECTOR Lanes activation(ActivationKind kind, Lanes x) {
+    switch (kind) {
+        case ActivationKind::kRelu:
+            return x < 0.0f ? Lanes{} : x;  // NaN stays
+        case ActivationKind::kSilu:
+            return sigmoid_weighted(x, x);
+        case ActivationKind::kGelu:
+            return gelu(x);
+        case ActivationKind::kGeluTanh:  // x (1 + tanh(u)) / 2 = x / (1 + e^(-2 u))
+            return sigmoid_weighted(x, 1.595769122f * multiply_add(x * x * x, all_lanes(0.044715f), x));
+        default:
+            return sigmoid_weighted(x, 1.702f * x);
+    }
+}
+
+template <Float DTYPE>
+void activate_rows(ActivationKind kind, bool gated, const void* input, const void* scales, void* output,
+                   int64_t columns, int64_t begin, int64_t end) {
+    const int64_t width = gated ? 2 * columns : columns;
+    for (int64_t row = begin; row < end; ++row) {
+        for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            Lanes value = activation(kind, load_some<DTYPE>(input, row * width + column, count));
+            if (gated) value *= load_some<DTYPE>(input, row * width + columns + column, count);
+            if (scales) value /= load_some<DTYPE>(scales, column, count);
+            store_some<DTYPE>(output, row * columns + column, count, value);
+        });
+    }
+}
+
+// ---- rotary positions --------------------------------------------------------------------------------------------
+
+constexpr int64_t kMaxHeadDim = 1024;
+
+template <Float DTYPE>
+AUTOQ_VECTOR void read_head(const AttentionInput& input, const Norm& norm, int64_t index, float* head) {
+    const int64_t size = input.layout.head_dim;
+    for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes value = load_some<DTYPE>(input.qkv, index + column, count);
+        if (input.clip > 0.0f) {
+            const Lanes bound = all_lanes(input.clip);
+            value = value > bound ? bound : (value < -bound ? -bound : value);
+        }
+        store<Float::kFloat32>(head, column, value);
+    });
+    if (!norm.weight) return;
+    Lanes squares{};
+    for_each_step(size, [&](int64_t column, int64_t) __attribute__((always_inline)) {
+        const Lanes value = load<Float::kFloat32>(head, column);
+        squares = multiply_add(value, value, squares);
+    });
+    const float inverse = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(size) + norm.epsilon);
+    for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        const Lanes value = load<Float::kFloat32>(head, column) * all_lanes(inverse);
+        store<Float::kFloat32>(head, column, value * load_some<DTYPE>(norm.weight, column, count));
+    });
+}
+
+template <Float DTYPE>
+AUTOQ_VECTOR void rotate_head(const Rotary& rotary, int64_t angle, float* head) {
+    if (rotary.kind == RotaryKind::kNone) return;
+    const bool halves = rotary.kind == RotaryKind::kHalves;
+    for (int64_t i = 0; i < rotary.angles; ++i) {
+        const float cosine = load_float(rotary.cosines, DTYPE, angle + i);
+        const float sine = load_float(rotary.sines, DTYPE, angle + i);
+        float& first = head[halves ? i : 2 * i];
+        float& second = head[halves ? i + rotary.angles : 2 * i + 1];
+        const float turned = first * cosine - second * sine;
+        second = second * cosine + first * sine;
+        first = turned;
+    }
+}
+
+template <Float DTYPE>
+AUTOQ_VECTOR void write_head(const float* head, int64_t size, const CacheView& cache, int64_t index) {
+    for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        store_some<DTYPE>(cache.data, index + column, count, load<Float::kFloat32>(head, column));
+    });
+}
+
+template <Float DTYPE>
+void rotate_tokens(const AttentionInput& input, int64_t begin, int64_t end) {
+    const HeadLayout& layout = input.layout;
+    const int64_t size = layout.head_dim, padded = input.padded_head_dim();
+    const Norm none{NormKind::kRms, nullptr, nullptr, 0.0f};
+    alignas(64) float head[kMaxHeadDim + 16] = {0};
+    for (int64_t index = begin; index < end; ++index) {
+        const int64_t batch = index / input.tokens, token = index % input.tokens;
+        const int64_t row = index * layout.row_size();
+        const int64_t angle = batch * input.rotary.batch_stride + token * input.rotary.token_stride;
+        for (int64_t h = 0; h < layout.heads; ++h) {
+            read_head<DTYPE>(input, input.query_norm, row + layout.query(h), head);
+            rotate_head<DTYPE>(input.rotary, angle, head);
+            float* query = input.queries + (index * layout.heads + h) * padded;
+            for_each_step(padded, [&](int64_t column, int64_t) __attribute__((always_inline)) {
+                const Lanes value = load<Float::kFloat32>(head, column) * all_lanes(input.scale);
+                store<Float::kFloat32>(query, column, value);
+            });
+        }
+        const int64_t position = (input.past + token) * size;
+        for (int64_t g = 0; g < layout.kv_heads; ++g) {
+            read_head<DTYPE>(input, input.key_norm, row + layout.key(g), head);
+            rotate_head<DTYPE>(input.rotary, angle, head);
+            write_head<DTYPE>(head, size, input.keys,
+                              batch * input.keys.batch_stride + g * input.keys.head_stride + position);
+            read_head<DTYPE>(input, none, row + layout.value(g), head);
+            write_head<DTYPE>(head, size, input.values,
+                              batch * input.values.batch_stride + g * input.values.head_stride + position);
+        }
+    }
+}
+
+// ---- attention ---------------------------------------------------------------------------------------------------
+//
+// Softmax in one pass over the positions, a chunk at a time, with a running maximum (Milakov and Gimelshein,
+// arXiv:1805.02867): what was summed under an older maximum is scaled down.
+
+constexpr int64_t kChunk = 32;       // positions whose keys, in fp32, stay in the first-level cache
+constexpr int64_t kMaxQueries = 16;  // that share a pass over the keys
+
+struct Query {
+    const float* values;
+    int64_t head, token;
+    int64_t positions;  // that it may look at: those up to its own
+    float maximum, sum;
+};
+
+AUTOQ_VECTOR float term_at(const ScoreTerm& term, int64_t batch, const Query& query, int64_t position) {
+    if (!term.data) return 0.0f;
+    const int64_t index = batch * term.batch_stride + query.head * term.head_stride + query.token * term.token_stride +
+                          position * term.position_stride;
+    if (term.is_boolean) return static_cast<const uint8_t*>(term.data)[index] == term.forbidden ? -1e30f : 0.0f;
+    return load_float(term.data, term.dtype, index);
+}
+
+template <Float DTYPE>
+AUTOQ_VECTOR void widen_rows(const CacheView& cache, int64_t index, int64_t rows, int64_t size, int64_t padded,
+                             float* wide) {
+    for (int64_t row = 0; row < rows; ++row) {
+        for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            store<Float::kFloat32>(wide, row * padded + column,
+                                   load_some<DTYPE>(cache.data, index + row * size + column, count));
+        });
+    }
+}
+
+// Scores of one query with `count` keys.
+AUTOQ_VECTOR void score_chunk(const float* query, const float* keys, int64_t count, int64_t padded, float* scores) {
+    int64_t position = 0;
+    for (; position + 4 <= count; position += 4) {
+        Lanes sums[4] = {};
+        for (int64_t column = 0; column < padded; column += 16) {
+            const Lanes value = load<Float::kFloat32>(query, column);
+            for (int i = 0; i < 4; ++i) {
+                sums[i] = multiply_add(value, load<Float::kFloat32>(keys, (position + i) * padded + column), sums[i]);
+            }
+        }
+        for (int i = 0; i < 4; ++i) scores[position + i] = sum_of(sums[i]);
+    }
+    for (; position < count; ++position) {
+        Lanes sum{};
+        for (int64_t column = 0; column < padded; column += 16) {
+            sum = multiply_add(load<Float::kFloat32>(query, column),
+                               load<Float::kFloat32>(keys, position * padded + column), sum);
+        }
+        scores[position] = sum_of(sum);
+    }
+}
+
+// Turns scores into weights under the query's maximum so far; returns by how much older sums shrink.
+AUTOQ_VECTOR float weigh_chunk(Query& query, int64_t count, float* scores) {
+    Lanes largest = all_lanes(query.maximum);
+    for (int64_t i = count; i < kChunk; ++i) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < kChunk; i += 16) largest = larger(largest, load<Float::kFloat32>(scores, i));
+    const float maximum = largest_of(largest);
+    Lanes sum{};
+    for (int64_t i = 0; i < kChunk; i += 16) {
+        const Lanes weight = exponential(load<Float::kFloat32>(scores, i) - all_lanes(maximum));
+        store<Float::kFloat32>(scores, i, weight);
+        sum += weight;
+    }
+    const float shrink = std::exp(query.maximum - maximum);
+    query.sum = query.sum * shrink + sum_of(sum);
+    query.maximum = maximum;
+    return shrink;
+}
+
+// output = output * shrink + weights * values
+AUTOQ_VECTOR void add_values_of_chunk(const float* weights, const float* values, int64_t count, int64_t padded,
+                                      float shrink, float* output) {
+    for (int64_t column = 0; column < padded; column += 64) {
+        const int64_t steps = padded - column < 64 ? (padded - column) / 16 : 4;
+        Lanes sums[4] = {};
+        for (int64_t i = 0; i < steps; ++i) {
+            sums[i] = load<Float::kFloat32>(output, column + 16 * i) * all_lanes(shrink);
+        }
+        if (steps == 4) {
+            for (int64_t position = 0; position < count; ++position) {
+                const Lanes weight = all_lanes(weights[position]);
+                for (int i = 0; i < 4; ++i) {
+                    const Lanes value = load<Float::kFloat32>(values, position * padded + column + 16 * i);
+                    sums[i] = multiply_add(weight, value, sums[i]);
+                }
+            }
+        } else {
+            for (int64_t position = 0; position < count; ++position) {
+                const Lanes weight = all_lanes(weights[position]);
+                for (int64_t i = 0; i < steps; ++i) {
+                    const Lanes value = load<Float::kFloat32>(values, position * padded + column + 16 * i);
+                    sums[i] = multiply_add(weight, value, sums[i]);
+                }
+            }
+        }
+        for (int64_t i = 0; i < steps; ++i) store<Float::kFloat32>(output, column + 16 * i, sums[i]);
+    }
+}
+
+template <Float DTYPE>
+void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, int64_t count) {
+    const int64_t size = input.layout.head_dim, padded = input.padded_head_dim();
+    const int64_t group = queries[0].head / (input.layout.heads / input.layout.kv_heads);
+    const int64_t keys = batch * input.keys.batch_stride + group * input.keys.head_stride;
+    const int64_t values = batch * input.values.batch_stride + group * input.values.head_stride;
+    static thread_local std::vector<float> memory;
+    const size_t needed = static_cast<size_t>((2 * kChunk + kMaxQueries) * padded);
+    if (memory.size() < needed) memory.resize(needed);
+    float* wide_keys = memory.data();
+    float* wide_values = wide_keys + kChunk * padded;
+    float* outputs = wide_values + kChunk * padded;
+    std::fill(memory.begin(), memory.begin() + static_cast<int64_t>(needed), 0.0f);
+    int64_t positions = 0;
+    for (int64_t q = 0; q < count; ++q) {
+        if (queries[q].positions > positions) positions = queries[q].positions;
+    }
+    alignas(64) float scores[kChunk];
+    for (int64_t first = 0; first < positions; first += kChunk) {
+        const int64_t rows = positions - first < kChunk ? positions - first : kChunk;
+        widen_rows<DTYPE>(input.keys, keys + first * size, rows, size, padded, wide_keys);
+        widen_rows<DTYPE>(input.values, values + first * size, rows, size, padded, wide_values);
+        for (int64_t q = 0; q < count; ++q) {
+            Query& query = queries[q];
+            const int64_t visible = query.positions - first < rows ? query.positions - first : rows;
+            if (visible <= 0) continue;
+            score_chunk(query.values, wide_keys, visible, padded, scores);
+            if (input.mask.data || input.bias.data) {
+                for (int64_t i = 0; i < visible; ++i) {
+                    scores[i] +=
+                        term_at(input.mask, batch, query, first + i) + term_at(input.bias, batch, query, first + i);
+                }
+            }
+            const float shrink = weigh_chunk(query, visible, scores);
+            add_values_of_chunk(scores, wide_values, visible, padded, shrink, outputs + q * padded);
+        }
+    }
+    for (int64_t q = 0; q < count; ++q) {
+        const Query& query = queries[q];
+        const int64_t to =
+            ((batch * input.tokens + query.token) * input.layout.heads + query.head) * input.layout.head_dim;
+        for_each_step(size, [&](int64_t column, int64_t step) __attribute__((always_inline)) {
+            // A query that may look nowhere (padding) gets zeros.
+            const float inverse = query.sum > 0.0f ? 1.0f / query.sum : 0.0f;
+            const Lanes value = load<Float::kFloat32>(outputs, q * padded + column) * all_lanes(inverse);
+            store_some<DTYPE>(input.output, to + column, step, value);
+        });
+    }
+}
+
+template <Float DTYPE>
+void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first,
+                  int64_t tokens) {
+    Query queries[kMaxQueries];
+    int64_t filled = 0;
+    for (int64_t token = first; token < first + tokens; ++token) {
+        for (int64_t h = head; h < head + count; ++h) {
+            const float* values =
+                input.queries + ((batch * input.tokens + token) * input.layout.heads + h) * input.padded_head_dim();
+            queries[filled++] = {values, h, token, input.past + token + 1, -1e38f, 0.0f};
+            if (filled == kMaxQueries) {
+                attend_queries<DTYPE>(input, batch, queries, filled);
+                filled = 0;
+            }
+        }
+    }
+    if (filled > 0) attend_queries<DTYPE>(input, batch, queries, filled);
+}
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+
+void norm(const Norm& norm, const void* input, void* output, Float dtype, int64_t columns, int64_t begin, int64_t end) {
+    with_dtype(dtype, [&](auto kind) { norm_rows<kind()>(norm, input, output, columns, begin, end); });
+}
+
+void add(const void* first, const void* second, const void* third, void* output, Float dtype, int64_t begin,
+         int64_t end) {
+    with_dtype(dtype, [&](auto kind) { add_values<kind()>(first, second, third, output, begin, end); });
+}
+
+void activate(ActivationKind activation, bool gated, const void* input, const void* scales, void* output, Float dtype,
+              int64_t columns, int64_t begin, int64_t end) {
+    with_dtype(dtype, [&](auto kind) {
+        activate_rows<kind()>(activation, gated, input, scales, output, columns, begin, end);
+    });
+}
+
+void rotate(const AttentionInput& input, int64_t begin, int64_t end) {
+    with_dtype(input.dtype, [&](auto kind) { rotate_tokens<kind()>(input, begin, end); });
+}
+
+void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first, int64_t tokens) {
+    with_dtype(input.dtype, [&](auto kind) { attend_heads<kind()>(input, batch, head, count, first, tokens); });
+}
+
+const BlockKernels kernels_of_set = {norm, add, activate, rotate, attend};
+
+#undef AUTOQ_VECTOR

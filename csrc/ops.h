@@ -1,0 +1,14 @@
+// Operators that other operators are made of.
+#pragma once
+
+#include <optional>
+
+#include "packed.h"
+
+namespace autoq {
+
+// autoq::linear on the CPU.
+Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+              const std::optional<Tensor>& bias, int64_t bits, int64_t out_features);
+
+}  // namespace autoq

@@ -1,0 +1,458 @@
+"""Fused decoder blocks: the same numbers and the same tokens as transformers' own, on every kind of call."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VARIANTS, VOCABULARY, Variant, quantized
+from native import needs_extension
+from torch import Tensor, nn
+from transformers import DynamicCache, MistralConfig, PreTrainedModel
+
+from autoq import block_ops, ops
+from autoq.architectures import architecture_of
+from autoq.nn import QuantLinear, block
+from autoq.nn.block import FusedForward, fuse_blocks, unfuse_blocks
+from autoq.nn.cache import KVLayer
+from autoq.nn.linear import replace_module
+from autoq.quantization.weight import quantize
+
+
+def pair(variant: Variant, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A quantized model, unfused and fused."""
+    fused = quantized(variant, **settings).model
+    unfused = copy.deepcopy(fused)
+    unfuse_blocks(unfused)
+    assert all(isinstance(b.__dict__["forward"], FusedForward) for b in blocks(fused))
+    return unfused, fused
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    return architecture_of(model.config).decoder_blocks(model)
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, dense and in float64."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            weight = ops.dequantize(module.packed(), module.spec.bits, module.out_features, module.in_features)
+            dense.weight = nn.Parameter(weight.double(), requires_grad=False)
+            dense.bias = None if module.bias is None else nn.Parameter(module.bias.double(), requires_grad=False)
+            replace_module(model, name, dense)
+    return model.double()
+
+
+def prompt(batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random tokens; of several sequences, each but the first is padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(min(batch, tokens)):
+        mask[row, :row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def with_context(variant: Variant, length: int) -> Variant:
+    config = copy.deepcopy(variant.config)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if hasattr(config, name):
+            setattr(config, name, length)
+    return Variant(variant.name, config)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls of the fused operator."""
+    counted = [0]
+    operator = block.decoder_block
+
+    def count(*arguments: Any) -> Tensor:
+        counted[0] += 1
+        return operator(*arguments)
+
+    monkeypatch.setattr(block, "decoder_block", count)
+    return counted
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def exact_logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Of each sequence, without its padding, in float64."""
+    model = in_float64(model)
+    with torch.no_grad():
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        return [model(ids[mask.bool()][None]).logits[0] for ids, mask in rows]
+
+
+def error(model: PreTrainedModel, inputs: dict[str, Tensor], exact: list[Tensor]) -> float:
+    with torch.no_grad():
+        logits = model(**inputs).logits.double()
+    kept = [row[mask.bool()] for row, mask in zip(logits, inputs["attention_mask"], strict=True)]
+    return float((torch.cat(kept) - torch.cat(exact)).norm() / torch.cat(exact).norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_fused_agrees_with_float64_as_unfused_does(variant: Variant, calls: list[int]) -> None:
+    variant = with_context(variant, 512)
+    for dtype, bound in ((torch.float32, 4e-6), (torch.bfloat16, 4e-2)):
+        unfused, fused = pair(variant, dtype=dtype, scale_activations=True)
+        for batch, tokens in ((1, 1), (1, 7), (1, 128), (1, 500), (5, 1), (5, 7), (5, 128)):
+            inputs = prompt(batch, tokens)
+            calls[0] = 0
+            exact = exact_logits(unfused, inputs)
+            ours, theirs = error(fused, inputs, exact), error(unfused, inputs, exact)
+            assert calls[0] == 2
+            assert ours < bound
+            assert ours < 1.3 * theirs + 2e-6, (dtype, batch, tokens)
+
+
+@pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
+def test_every_instruction_set(variant: Variant, capability: str) -> None:
+    for dtype, bound in ((torch.float32, 4e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        fused = quantized(variant, dtype=dtype, scale_activations=True).model
+        inputs = prompt(3, 20)
+        assert error(fused, inputs, exact_logits(fused, inputs)) < bound, dtype
+
+
+def arguments(
+    tokens: int = 3, past: int = 4, head_dim: int = 24, dtype: torch.dtype = torch.float32, **changes: Any
+) -> list[Any]:
+    """Of a Llama-like block with grouped heads, whose sizes are multiples of nothing convenient."""
+    torch.manual_seed(1)
+    layout = block_ops.HeadLayout.consecutive(4, 2, head_dim)
+    width, inner = 64, 80
+
+    def linear(out_features: int, in_features: int) -> list[Tensor]:
+        weight = torch.randn(out_features, in_features) * in_features**-0.5
+        packed = QuantLinear.from_weight(quantize(weight, 4, 16)).packed()
+        return [*packed, torch.randn(out_features, dtype=dtype)]
+
+    tensors = block_ops.BlockTensors(
+        torch.rand(width, dtype=dtype), torch.empty(0), *linear(layout.row_size, width),
+        *linear(width, 4 * head_dim), torch.rand(width, dtype=dtype), torch.rand(width, dtype=dtype),
+        *linear(2 * inner, width), *linear(width, inner), torch.rand(inner, dtype=dtype) + 0.5,
+        torch.rand(head_dim, dtype=dtype), torch.rand(head_dim, dtype=dtype),
+    )  # fmt: skip
+    chosen = {
+        "heads": layout, "arrangement": block_ops.Arrangement.SEQUENTIAL, "norm": block_ops.NormKind.LAYER,
+        "activation": block_ops.ActivationKind.SILU, "gated": True, "intermediate": inner,
+        "rotary": block_ops.RotaryKind.HALVES, "inverted_mask": False, "bits": (4, 4, 4, 4),
+        "epsilons": (1e-5, 1e-5, 1e-6), "scale": 0.2, "clip": 2.0, **changes,
+    }  # fmt: skip
+    settings = block_ops.BlockSettings(**chosen)
+    caches = [torch.randn(2, 2, past + tokens + 5, head_dim, dtype=dtype) for _ in range(2)]
+    angles = head_dim // 2 if settings.rotary == block_ops.RotaryKind.HALVES else head_dim // 4
+    tables = [torch.randn(1, tokens, angles, dtype=dtype) for _ in range(2)]
+    if settings.rotary == block_ops.RotaryKind.NONE:
+        tables = [None, None]
+    mask = torch.rand(2, 1, tokens, past + tokens) > 0.3
+    bias = torch.randn(1, 4, 1, past + tokens)
+    hidden = torch.randn(2, tokens, width, dtype=dtype)
+    return [hidden, *caches, past, *tables, mask, bias, list(tensors), settings.integers(), settings.constants()]
+
+
+KINDS = [
+    *({"activation": kind} for kind in block_ops.ActivationKind),
+    *({"arrangement": arrangement} for arrangement in block_ops.Arrangement),
+    *({"rotary": rotary} for rotary in block_ops.RotaryKind),
+    *({"norm": norm} for norm in block_ops.NormKind),
+    {"inverted_mask": True},
+    {"clip": 0.0},
+    {"heads": block_ops.HeadLayout.interleaved(4, 2, 24)},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 21])
+def test_native_matches_the_reference(changes: dict[str, Any], tokens: int, capability: str) -> None:
+    given = arguments(tokens, **changes)
+    ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
+    output = block_ops.decoder_block(*ours)
+    expected = block_ops.reference_decoder_block(*wanted)
+    torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
+    for place in (1, 2):  # the caches: new positions written, all others left alone
+        torch.testing.assert_close(ours[place], wanted[place], rtol=2e-5, atol=2e-5)
+        assert torch.equal(ours[place][:, :, :4], given[place][:, :, :4])
+        assert torch.equal(ours[place][:, :, 4 + tokens :], given[place][:, :, 4 + tokens :])
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(block_ops.decoder_block, arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_a_query_must_not_see_does_not_matter() -> None:
+    """Neither NaN in unused room of the cache nor in masked positions reaches the output."""
+    given = arguments(tokens=1, past=6)
+    given[6] = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    clean = block_ops.decoder_block(*copy.deepcopy(given))
+    for cache in given[1:3]:
+        cache[:, :, 7:] = float("nan")
+    torch.testing.assert_close(block_ops.decoder_block(*given), clean)
+
+
+def test_a_query_that_may_look_nowhere_is_finite() -> None:
+    for tokens in (1, 20):
+        given = arguments(tokens=tokens)
+        given[6] = torch.zeros(2, 1, tokens, 4 + tokens, dtype=torch.bool)
+        assert block_ops.decoder_block(*given).isfinite().all()
+        given[6] = torch.full((2, 1, tokens, 4 + tokens), torch.finfo(torch.float32).min)
+        assert block_ops.decoder_block(*given).isfinite().all()
+
+
+BAD = {
+    "must be float32, bfloat16 or float16": lambda a: a.__setitem__(0, a[0].double()),
+    "has room for": lambda a: a.__setitem__(3, 10),
+    "keys must be contiguous and have the shape": lambda a: a.__setitem__(1, a[1][:, :1]),
+    "values must be on the CPU and have the dtype": lambda a: a.__setitem__(2, a[2].bfloat16()),
+    "cosines and sines must be given": lambda a: a.__setitem__(4, None),
+    "cosines turn": lambda a: (a.__setitem__(4, torch.zeros(1, 3, 50)), a.__setitem__(5, torch.zeros(1, 3, 50))),
+    "dimension 3 of mask is 3": lambda a: a.__setitem__(6, a[6][..., :3]),
+    "bias must be bool, float32": lambda a: a.__setitem__(7, a[7].long()),
+    "tensors, .* settings": lambda a: a[8].pop(),
+    "vector of 64 values": lambda a: a[8].__setitem__(0, torch.ones(63)),
+    "head layout leaves the row": lambda a: a[9].__setitem__(5, 10_000),
+    "do not go together": lambda a: a[9].__setitem__(1, 3),
+    "out of its range": lambda a: a[9].__setitem__(10, 99),
+    "codes must have the shape": lambda a: a[8].__setitem__(2, a[8][2][:1]),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("sentence", BAD, ids=str)
+def test_wrong_arguments_get_a_sentence(sentence: str) -> None:
+    given = arguments()
+    BAD[sentence](given)
+    with pytest.raises(RuntimeError, match=sentence):
+        block_ops.decoder_block(*given)
+
+
+def test_an_empty_batch() -> None:
+    given = arguments()
+    given[0], given[1], given[2] = given[0][:0], given[1][:0], given[2][:0]
+    given[6] = None
+    assert block_ops.decoder_block(*given).shape == (0, 3, 64)
+
+
+# ---- generation ----------------------------------------------------------------------------------------------------
+
+WINDOW = Variant(
+    "mistral-window",
+    MistralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=VOCABULARY, max_position_embeddings=128, sliding_window=16,
+    ),
+)  # fmt: skip
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    return model.generate(**inputs, max_new_tokens=20, pad_token_id=0, eos_token_id=None, **options)
+
+
+@pytest.mark.parametrize("variant", [*FAMILIES, WINDOW], ids=lambda variant: variant.name)
+def test_generation_gives_the_same_tokens(variant: Variant, calls: list[int]) -> None:
+    unfused, fused = pair(variant)
+    inputs = prompt(3, 12)
+    for way, options in WAYS.items():
+        calls[0] = 0
+        assert torch.equal(generate(unfused, inputs, **options), generate(fused, inputs, **options)), way
+        assert calls[0] == 2 * 20, way
+    # Padded in a batch as alone.
+    alone = generate(fused, {"input_ids": inputs["input_ids"][2:, 2:]}, do_sample=False)
+    assert torch.equal(alone[0, -20:], generate(fused, inputs, do_sample=False)[2, -20:])
+
+
+@pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
+def test_a_cache_is_used_again_across_turns(variant: Variant) -> None:
+    unfused, fused = pair(variant)
+    ids = prompt(1, 30)["input_ids"]
+    with torch.no_grad():
+        whole = unfused(ids).logits
+        first = fused(ids[:, :12], use_cache=True)
+        second = fused(ids[:, 12:13], past_key_values=first.past_key_values, use_cache=True)
+        third = fused(ids[:, 13:], past_key_values=second.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits, third.logits], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_filled_unfused_goes_on_fused() -> None:
+    unfused, fused = pair(FAMILIES[0])
+    ids = prompt(2, 20)["input_ids"]
+    cache = DynamicCache(config=fused.config)
+    with torch.no_grad():
+        unfused(ids[:, :9], past_key_values=cache)
+        there = fused(ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(there, unfused(ids).logits[:, 9:], rtol=1e-4, atol=1e-4)
+        assert isinstance(cache.layers[0], KVLayer)
+        back = unfused(ids[:, :1], past_key_values=cache).logits
+        again = unfused(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+        torch.testing.assert_close(back, again, rtol=1e-4, atol=1e-4)
+
+
+def test_assisted_generation_gives_the_same_tokens(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0])
+    assistant = quantized(FAMILIES[0], bits=3).model
+    inputs = prompt(1, 12)
+    expected = generate(unfused, inputs, do_sample=False)
+    assert torch.equal(generate(fused, inputs, do_sample=False, assistant_model=assistant), expected)
+    assert calls[0] > 0
+
+
+def test_static_cache_runs_unfused(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0])
+    options = {"do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(generate(unfused, prompt(2, 12), **options), generate(fused, prompt(2, 12), **options))
+    assert calls[0] == 0
+
+
+# ---- when the block's own forward is wanted ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
+def test_gradients_flow_through_the_blocks(variant: Variant, calls: list[int]) -> None:
+    unfused, fused = pair(variant)
+    gradients = []
+    for model in (unfused, fused):
+        embeddings = model.get_input_embeddings()(prompt(1, 6)["input_ids"]).detach().requires_grad_()
+        model(inputs_embeds=embeddings).logits.square().sum().backward()
+        gradients.append(embeddings.grad)
+    torch.testing.assert_close(*gradients)
+    assert calls[0] == 0
+
+
+def test_attention_weights_are_there_when_asked_for(calls: list[int]) -> None:
+    for variant in FAMILIES:
+        config = copy.deepcopy(variant.config)
+        config._attn_implementation = "eager"
+        unfused, fused = pair(Variant(variant.name, config))
+        with torch.no_grad():
+            wanted = unfused(**prompt(1, 6), output_attentions=True).attentions
+            found = fused(**prompt(1, 6), output_attentions=True).attentions
+        assert len(wanted) == len(found) == 2
+        torch.testing.assert_close(found, wanted)
+
+
+def test_hidden_states_are_there_when_asked_for() -> None:
+    unfused, fused = pair(FAMILIES[0])
+    with torch.no_grad():
+        wanted, found = (model(**prompt(1, 6), output_hidden_states=True).hidden_states for model in (unfused, fused))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_and_adapters_on_a_part_are_obeyed(calls: list[int]) -> None:
+    _, fused = pair(FAMILIES[0])
+    seen: list[Tensor] = []
+    linear = blocks(fused)[0].mlp.down_proj
+    hook = linear.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        fused(**prompt(1, 4))
+    assert (len(seen), calls[0]) == (1, 1)
+    hook.remove()
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    with torch.no_grad():
+        before = fused(**prompt(1, 4)).logits
+        blocks(fused)[0].mlp.down_proj = Doubled(linear)
+        assert not torch.allclose(fused(**prompt(1, 4)).logits, before)
+        blocks(fused)[0].mlp.down_proj = linear
+        assert torch.equal(fused(**prompt(1, 4)).logits, before)
+
+
+def test_training_mode_runs_unfused(calls: list[int]) -> None:
+    _, fused = pair(FAMILIES[0])
+    fused.train()
+    with torch.no_grad():
+        fused(**prompt(1, 4))
+    assert calls[0] == 0
+
+
+# ---- the modules ---------------------------------------------------------------------------------------------------
+
+
+def test_merged_projections_share_their_codes() -> None:
+    _, fused = pair(FAMILIES[0])
+    attention = blocks(fused)[0].self_attn
+    storages = {linear.codes.untyped_storage().data_ptr() for linear in (attention.q_proj, attention.k_proj)}
+    assert storages == {attention.v_proj.codes.untyped_storage().data_ptr()}
+    names = set(fused.state_dict())
+    unfuse_blocks(fused)
+    assert names == set(fused.state_dict())
+
+
+def test_conversion_and_copies_stay_right(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0])
+    inputs = prompt(1, 7)
+    with torch.no_grad():
+        twin = copy.deepcopy(fused)
+        assert torch.equal(twin(**inputs).logits, fused(**inputs).logits)
+        for dtype in (torch.bfloat16, torch.float32):
+            exact = exact_logits(unfused.to(dtype), inputs)
+            calls[0] = 0
+            assert error(fused.to(dtype), inputs, exact) < (3e-2 if dtype == torch.bfloat16 else 4e-6)
+            assert calls[0] == 2
+
+
+def test_linears_that_are_not_quantized_leave_the_block_unfused() -> None:
+    variant = FAMILIES[0]
+    model = quantized(variant, modules_to_not_convert=["down_proj"]).model
+    assert not any("forward" in b.__dict__ for b in blocks(model))
+    assert fuse_blocks(model) == 0
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_cache_layer_behaves_as_transformers_own() -> None:
+    torch.manual_seed(0)
+    caches = [DynamicCache(), DynamicCache()]
+    caches[1].layers.append(KVLayer())
+    for step, tokens in enumerate((3, 1, 300, 1, 700, 1)):
+        keys, values = torch.randn(2, 2, 3, tokens, 8)
+        results = [cache.update(keys, values, 0) for cache in caches]
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+        for cache in caches:
+            if step == 1:
+                cache.reorder_cache(torch.tensor([1, 1]))
+            if step == 2:
+                cache.crop(-5)
+            if step == 3:
+                cache.batch_repeat_interleave(2)
+                cache.batch_select_indices(torch.tensor([0, 3]))
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+        assert caches[0].get_mask_sizes(4, 0) == caches[1].get_mask_sizes(4, 0)
+        for ours, theirs in zip(*(cache.layers[0].__dict__.get("_buffers") or [] for cache in caches), strict=False):
+            assert ours.shape == theirs.shape
+    for cache in caches:
+        cache.reset()
+    assert caches[1].get_seq_length() == 0
+
+
+def test_cache_grows_rarely() -> None:
+    layer = KVLayer()
+    addresses = set()
+    for _ in range(2000):
+        keys, values, _ = layer.reserve(torch.empty(0), 1, 2, 1, 8)
+        layer.advance(1)
+        addresses.add((keys.data_ptr(), values.data_ptr()))
+    assert len(addresses) <= 5
+    assert keys.shape[2] < 2 * 2000 + 256
