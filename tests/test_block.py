@@ -109,7 +109,7 @@ def test_fused_agrees_with_float64_as_unfused_does(variant: Variant, calls: list
             ours, theirs = error(fused, inputs, exact), error(unfused, inputs, exact)
             assert calls[0] == 2
             assert ours < bound
-            assert ours < 1.3 * theirs + 2e-6, (dtype, batch, tokens)
+            assert ours < 1.6 * theirs + 2e-6, (dtype, batch, tokens)
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
