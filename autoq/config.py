@@ -11,6 +11,8 @@ from autoq.errors import ConfigError
 from autoq.quantization.weight import SUPPORTED_BITS
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+# What every family calls its output head.
+LM_HEAD = "lm_head"
 
 # Names from llm-awq, AutoAWQ and transformers, and ours.
 _LEGACY_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
@@ -36,6 +38,9 @@ class QuantConfig:
         statistics; False rounds each to the nearest.
     scale_activations: whether linears behind a nonlinearity get a scale too, through a scaled activation. More
         accurate, but vLLM and SGLang cannot load such checkpoints.
+    lm_head_bits: width of the codes of the output head; None leaves it as it is. In a small model the head is a large
+        part of the bytes that a token reads. Other engines cannot load a checkpoint with a quantized head.
+    lm_head_group_size: weights of the head that share a scale.
     module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
     """
 
@@ -50,6 +55,8 @@ class QuantConfig:
     apply_clip: bool = True
     compensate: bool = True
     scale_activations: bool = False
+    lm_head_bits: int | None = None
+    lm_head_group_size: int = 128
     module_group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +66,8 @@ class QuantConfig:
             object.__setattr__(self, "version", "gemm" if self.bits == 4 else "dense")
         _one_of("bits", self.bits, SUPPORTED_BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("lm_head_bits", self.lm_head_bits, (*SUPPORTED_BITS, None))
+        _one_of("lm_head_group_size", self.lm_head_group_size, GROUP_SIZES)
         _one_of("indivisible", self.indivisible, ("smaller", "skip"))
         for name in ("zero_point", "apply_scale", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
             _one_of(name, getattr(self, name), (True, False))
@@ -110,11 +119,23 @@ class QuantConfig:
             saved["module_group_sizes"] = dict(self.module_group_sizes)
         if self.scale_activations:
             saved["scale_activations"] = True
+        if self.lm_head_bits is not None:
+            saved["lm_head_bits"] = self.lm_head_bits
+            saved["lm_head_group_size"] = self.lm_head_group_size
         return saved
+
+    def bits_for(self, name: str) -> int:
+        """The width of a linear's codes."""
+        return self.lm_head_bits if name == LM_HEAD and self.lm_head_bits is not None else self.bits
+
+    def version_for(self, name: str) -> str:
+        """The on-disk format of a linear: a quantized head, which only autoq reads, is dense."""
+        return "dense" if name == LM_HEAD and self.lm_head_bits is not None else self.version
 
     def group_size_for(self, name: str, in_features: int) -> int | None:
         """The group size of a linear, or None when it stays as it is because no group size divides it."""
-        size = self.module_group_sizes.get(name, self.group_size)
+        default = self.lm_head_group_size if name == LM_HEAD and self.lm_head_bits is not None else self.group_size
+        size = self.module_group_sizes.get(name, default)
         if size == -1 or in_features % size == 0:
             return size
         if self.indivisible == "smaller":
@@ -123,6 +144,8 @@ class QuantConfig:
 
     def converts(self, name: str) -> bool:
         """Whether a linear of this full name is to be quantized."""
+        if name == LM_HEAD:
+            return self.lm_head_bits is not None
         return not any(pattern in name for pattern in self.modules_to_not_convert)
 
 

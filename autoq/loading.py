@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
@@ -43,6 +43,13 @@ _NOT_FOR_TRANSFORMERS = (
 # Tensors that older releases of transformers saved and newer ones compute.
 _COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.(bias|masked_bias))")
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+class _StoredLinear(NamedTuple):
+    """A quantized linear of a checkpoint, and how it is stored."""
+
+    spec: LinearSpec
+    layout: Format
 
 
 def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
@@ -105,13 +112,12 @@ def load_quantized(
     config = _model_config(directory, settings)
     with CheckpointReader(directory) as reader:
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
-        layout = get_format(quant_config.version)
-        specs = _insert_quantized_linears(model, reader, quant_config, layout)
+        linears = _insert_quantized_linears(model, reader, quant_config)
         _insert_scaled_activations(model, reader)
         tied = _tied_names(model)
-        _check_tensors(model, reader, specs, layout, tied)
+        _check_tensors(model, reader, linears, tied)
         placement = _Placement(model, device_map, max_memory, offload_folder)
-        for name, tensor in _tensors(model, reader, specs, layout, tied):
+        for name, tensor in _tensors(model, reader, linears, tied):
             placement.put(name, tensor)
         model.tie_weights()
         for name, source in tied.items():
@@ -163,11 +169,11 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
 
 
 def _insert_quantized_linears(
-    model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig, layout: Format
-) -> dict[str, LinearSpec]:
+    model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig
+) -> dict[str, _StoredLinear]:
     """Puts empty quantized linears where the checkpoint has their codes; returns what they should look like."""
     directory = reader.directory
-    specs: dict[str, LinearSpec] = {}
+    linears: dict[str, _StoredLinear] = {}
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and f"{name}.qweight" in reader.specs:
             size = config.group_size_for(name, linear.in_features)
@@ -176,17 +182,18 @@ def _insert_quantized_linears(
                     f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} "
                     f"inputs of {name}"
                 )
-            spec = LinearSpec.of(linear, config.bits, size, config.zero_point)
+            spec = LinearSpec.of(linear, config.bits_for(name), size, config.zero_point)
+            layout = get_format(config.version_for(name))
             obstacle = layout.obstacle(spec)
             if obstacle is not None:
                 raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
             for leaf, wanted in layout.tensors(spec).items():
                 reader.check(f"{name}.{leaf}", wanted)
-            specs[name] = spec
+            linears[name] = _StoredLinear(spec, layout)
             replace_module(model, name, QuantLinear.from_weight(_meta_weight(spec), linear.bias))
-    if not specs:
+    if not linears:
         raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
-    return specs
+    return linears
 
 
 def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader) -> None:
@@ -218,9 +225,9 @@ def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
 
 
-def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> Iterator[tuple[str, Tensor]]:
+def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
-    packed = {f"{name}.{leaf}" for name in specs for leaf in PackedWeight._fields}
+    packed = {f"{name}.{leaf}" for name in linears for leaf in PackedWeight._fields}
     for name, tensor in model.state_dict().items():
         if name not in packed:
             yield name, tensor
@@ -229,13 +236,12 @@ def _plain_tensors(model: PreTrainedModel, specs: Mapping[str, LinearSpec]) -> I
 def _check_tensors(
     model: PreTrainedModel,
     reader: CheckpointReader,
-    specs: Mapping[str, LinearSpec],
-    layout: Format,
+    linears: Mapping[str, _StoredLinear],
     tied: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless the checkpoint holds exactly the tensors this model has."""
-    known = {f"{name}.{leaf}" for name, spec in specs.items() for leaf in layout.tensors(spec)}
-    for name, tensor in _plain_tensors(model, specs):
+    known = {f"{name}.{leaf}" for name, (spec, layout) in linears.items() for leaf in layout.tensors(spec)}
+    for name, tensor in _plain_tensors(model, linears):
         known.add(name)
         if name in tied:
             continue
@@ -261,19 +267,18 @@ def _check_tensors(
 def _tensors(
     model: PreTrainedModel,
     reader: CheckpointReader,
-    specs: Mapping[str, LinearSpec],
-    layout: Format,
+    linears: Mapping[str, _StoredLinear],
     tied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
-    for name, spec in specs.items():
+    for name, (spec, layout) in linears.items():
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
         packed = QuantLinear.from_weight(layout.unpack(tensors, spec))
         for leaf, buffer in packed.named_buffers():
             yield f"{name}.{leaf}", buffer
-    for name, tensor in _plain_tensors(model, specs):
+    for name, tensor in _plain_tensors(model, linears):
         if name not in tied:
             yield name, reader.read(name).to(tensor.dtype)
 

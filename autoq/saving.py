@@ -71,7 +71,6 @@ def _to_json(value: dict[str, Any]) -> str:
 
 def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, packed one linear at a time."""
-    layout = get_format(config.version)
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     packed = {f"{name}.{leaf}" for name in quantized for leaf in PackedWeight._fields}
     saved: dict[int, str] = {}
@@ -82,6 +81,7 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
             )
         owner = name.rpartition(".")[0]
         if name == f"{owner}.codes" and owner in quantized:
+            layout = get_format(config.version_for(owner))
             for leaf, part in layout.pack(quantized[owner].quantized_weight()).items():
                 yield f"{owner}.{leaf}", part
         # A tied tensor is saved once, under its first name; loading ties it again.
@@ -110,6 +110,8 @@ def _model_card(config: QuantConfig) -> str:
     notes = ""
     if config.scale_activations:
         notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
+    if config.lm_head_bits is not None:
+        notes += f"\nIts output head has {config.lm_head_bits} bits, which other engines cannot load.\n"
     if config.module_group_sizes:
         notes += (
             "\nSome linears have a smaller group size (see config.json); engines with one group size cannot load it.\n"

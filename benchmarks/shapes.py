@@ -9,6 +9,7 @@ from autoq import AutoQForCausalLM, QuantConfig
 from autoq.architectures import architecture_of
 from autoq.architectures.base import named_linears
 from autoq.nn import QuantLinear
+from autoq.nn.block import fuse_blocks
 from autoq.nn.linear import replace_module
 from autoq.quantization.weight import quantize
 
@@ -44,4 +45,8 @@ def round_to_nearest(model: LlamaForCausalLM, config: QuantConfig) -> AutoQForCa
         for name, linear in list(named_linears(block)):
             weight = quantize(linear.weight.detach(), config.bits, config.group_size, config.zero_point)
             replace_module(block, name, QuantLinear.from_weight(weight, linear.bias))
+    if config.lm_head_bits is not None:
+        weight = quantize(model.lm_head.weight.detach(), config.lm_head_bits, config.lm_head_group_size)
+        model.lm_head = QuantLinear.from_weight(weight)
+    fuse_blocks(model)
     return AutoQForCausalLM(model, config)

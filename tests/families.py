@@ -3,6 +3,7 @@ quantized ones of them."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Variant:
         """A float32 model in evaluation mode, all of whose weights (norms and biases too) are random."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32).eval()
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.uniform_(0.3, 1.7)

@@ -270,3 +270,53 @@ def test_config_round_trip_and_legacy_names() -> None:
     saved = QuantConfig(zero_point=False).to_dict()
     assert (saved["quant_method"], saved["version"], saved["zero_point"]) == ("awq", "gemm", True)
     assert QuantConfig(bits=3).to_dict()["quant_method"] == "autoq"
+
+
+# ---- the output head -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_the_head_is_quantized_on_its_own_inputs(variant: Variant) -> None:
+    model = quantized(variant, lm_head_bits=8, lm_head_group_size=16)
+    plain = quantized(variant)
+    head = model.model.lm_head
+    assert isinstance(head, QuantLinear)
+    assert (head.spec.bits, head.spec.group_size) == (8, 16)
+    assert model.report is not None
+    entry = model.report.linears[-1]
+    assert entry.name == "lm_head"
+    assert entry.tokens == 12 * 32
+    assert entry.error_after is not None
+    assert entry.error_before is not None
+    assert entry.error_after < entry.error_before < 1e-4
+    ids = samples()[0][None]
+    with torch.no_grad():
+        wanted = plain(ids).logits
+        assert (model(ids).logits - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_a_tied_head_is_untied_and_the_embeddings_stay(tmp_path: Path) -> None:
+    variant = next(variant for variant in VARIANTS if variant.name == "llama-tied")
+    embeddings = variant.model().get_input_embeddings().weight
+    model = quantized(variant, lm_head_bits=3, lm_head_group_size=32)
+    assert torch.equal(model.model.get_input_embeddings().weight, embeddings)
+    ids = samples()[0][None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+    model.save_quantized(tmp_path)
+    again = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, wanted)
+    assert again.quant_config == model.quant_config
+    assert torch.equal(again.model.get_input_embeddings().weight, embeddings)
+
+
+def test_the_head_takes_part_in_the_gemm_format(tmp_path: Path) -> None:
+    model = quantized(FAMILIES[0], lm_head_bits=4)
+    model.save_quantized(tmp_path)
+    assert "quant_method" in (tmp_path / "config.json").read_text()
+    ids = samples()[0][None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu")(ids).logits
+    assert torch.equal(found, wanted)

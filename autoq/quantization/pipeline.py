@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import Architecture, ScaleGroup, architecture_of
 from autoq.architectures.base import named_linears
-from autoq.config import QuantConfig
+from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import QuantizationError
 from autoq.formats import LinearSpec, get_format
 from autoq.nn import QuantLinear, ScaledActivation
@@ -55,15 +55,18 @@ def quantize_model(
             prefix = f"{plan.architecture.blocks}.{index}"
             statistics = _observe(block, prefix, activations, index, plan)
             report.linears += _quantize_block(block, prefix, statistics, plan)
+        if LM_HEAD in plan.group_sizes:
+            report.linears.append(_quantize_head(model, activations, calibration.samples, plan))
     _warn_if_undercalibrated(report, plan.in_features)
     _warn_of_surprises(plan)
     report.seconds = time.perf_counter() - start
     left_alone = tuple(dict.fromkeys([*config.modules_to_not_convert, *plan.left_alone]))
     config = replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes)
-    sizes = set(plan.group_sizes.values())
+    sizes = plan.group_sizes_of_blocks
     if len(sizes) == 1:
         # One size for all, even if not the one asked for, is what every engine can load.
-        config = replace(config, group_size=sizes.pop(), module_group_sizes={})
+        others = {name: size for name, size in plan.other_group_sizes.items() if name == LM_HEAD}
+        config = replace(config, group_size=sizes.pop(), module_group_sizes=others)
     return config, report
 
 
@@ -92,6 +95,8 @@ class _Plan:
             _check_in_memory(block, prefix)
             for leaf, linear in named_linears(block):
                 plan._settle(f"{prefix}.{leaf}", linear)
+        if config.lm_head_bits is not None:
+            plan._settle(LM_HEAD, _head(model))
         if not plan.group_sizes:
             name, reason = next(iter(plan.left_alone.items()), ("the list of blocks", "it is empty"))
             raise QuantizationError(f"nothing to quantize: every linear is left as it is ({name}: {reason})")
@@ -109,8 +114,8 @@ class _Plan:
                 f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
             )
         else:
-            spec = LinearSpec.of(linear, config.bits, size, config.zero_point)
-            obstacle = get_format(config.version).obstacle(spec)
+            spec = LinearSpec.of(linear, config.bits_for(name), size, config.zero_point)
+            obstacle = get_format(config.version_for(name)).obstacle(spec)
             if obstacle is None:
                 self.group_sizes[name] = size
             else:
@@ -124,14 +129,23 @@ class _Plan:
         return self.architecture.groups(self.model_config, self.config.scale_activations)
 
     @property
+    def group_sizes_of_blocks(self) -> set[int]:
+        return {size for name, size in self.group_sizes.items() if name != LM_HEAD}
+
+    @property
     def other_group_sizes(self) -> dict[str, int]:
         """The linears that got another group size than the config's."""
-        return {name: size for name, size in self.group_sizes.items() if size != self.config.group_size}
+        return {name: size for name, size in self.group_sizes.items() if size != self.wanted_group_size(name)}
 
-    def fake_quantize(self, group_size: int) -> awq.FakeQuantize:
-        """The rounding this run is for, at one group size."""
-        config = self.config
-        return partial(fake_quantize, bits=config.bits, group_size=group_size, zero_point=config.zero_point)
+    def wanted_group_size(self, name: str) -> int:
+        """The group size the config asks for, for a linear."""
+        return self.config.lm_head_group_size if name == LM_HEAD else self.config.group_size
+
+    def fake_quantize(self, name: str, group_size: int | None = None) -> awq.FakeQuantize:
+        """The rounding of a linear, at its own group size or another."""
+        size = self.group_sizes[name] if group_size is None else group_size
+        bits = self.config.bits_for(name)
+        return partial(fake_quantize, bits=bits, group_size=size, zero_point=self.config.zero_point)
 
 
 def _check_in_memory(block: nn.Module, prefix: str) -> None:
@@ -293,6 +307,65 @@ def _quantize_block(
     return reports
 
 
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_submodule(LM_HEAD)
+    if not isinstance(head, nn.Linear):
+        raise QuantizationError(f"{LM_HEAD} is a {type(head).__name__}, not a linear; leave lm_head_bits out")
+    return head
+
+
+def _quantize_head(
+    model: PreTrainedModel, activations: _Activations, samples: Sequence[Tensor], plan: _Plan
+) -> LinearReport:
+    """Quantizes the output head, with what the blocks made of the calibration data as its inputs.
+
+    A head that is tied to the embeddings is untied: they stay as they are.
+    """
+    head = _head(model)
+    statistics = InputStatistics(head.in_features, head.weight.device)
+
+    def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        statistics.add(args[0])
+        raise _LastBlockReached
+
+    hook = head.register_forward_pre_hook(observe)
+    try:
+        for hidden, batch in zip(activations.hidden_states, _batches(samples), strict=True):
+            with _blocks_that_give(hidden, model, plan), suppress(_LastBlockReached):
+                model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        hook.remove()
+    if not statistics.finish().is_finite():
+        raise QuantizationError(
+            f"the inputs of {LM_HEAD} hold NaN or infinity during calibration; load the model in bfloat16 or float32 "
+            "(torch_dtype=...), or check its weights"
+        )
+    item = _LinearWork(head, LM_HEAD)
+    inputs = _ScaledInputs(statistics, item.column_scale, plan.config.compensate)
+    module, report = _quantize_linear(LM_HEAD, item, inputs, plan)
+    replace_module(model, LM_HEAD, module)
+    model.config.tie_word_embeddings = False
+    return report
+
+
+@contextmanager
+def _blocks_that_give(hidden: Tensor, model: PreTrainedModel, plan: _Plan) -> Iterator[None]:
+    """While open, the blocks of the model compute nothing, and the last gives `hidden`."""
+    blocks = plan.architecture.decoder_blocks(model)
+    in_tuple = plan.architecture.block(plan.model_config).returns_tuple
+
+    def give(*_args: Any, **_kwargs: Any) -> Any:
+        return (hidden, None) if in_tuple else hidden
+
+    for block in blocks:
+        block.forward = give
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 class _LinearWork:
     """A linear while its block is worked on: in fp32 whatever the model's dtype, and what was folded into it."""
 
@@ -338,11 +411,11 @@ def _scale_group(
         replace_module(block, group.prev, act.to(inputs.gram.device))
     prev = block.get_submodule(group.prev)
     weight = torch.cat([work[leaf].linear.weight for leaf in group.linears])
-    group_size = plan.group_sizes[work[group.linears[0]].name]
+    first = work[group.linears[0]].name
     rows = None if group.rows is None else group.rows(plan.model_config).to(weight.device)
-    magnitude = awq.weight_magnitude(weight, group_size) if plan.config.duo_scaling else None
+    magnitude = awq.weight_magnitude(weight, plan.group_sizes[first]) if plan.config.duo_scaling else None
     candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
-    scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(group_size), candidates)
+    scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(first), candidates)
     scale = awq.fold_scale(prev, [work[leaf].linear for leaf in group.linears], scale, rows)
     for leaf in group.linears:
         work[leaf].column_scale = scale
@@ -365,29 +438,29 @@ def _quantize_linear(
 ) -> tuple[QuantLinear, LinearReport]:
     """Clips and rounds one linear whose scales are folded."""
     config = plan.config
-    group_size = plan.group_sizes[item.name]
+    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
     weight = item.linear.weight.detach()
     clipped = weight
     if config.apply_clip and leaf.rpartition(".")[2] not in plan.architecture.unclipped:
-        clipped = awq.clip(weight, awq.search_clip(weight, inputs.gram, plan.fake_quantize(-1), group_size))
+        clipped = awq.clip(weight, awq.search_clip(weight, inputs.gram, plan.fake_quantize(item.name, -1), group_size))
     try:
-        quantized = quantize(clipped, config.bits, group_size, config.zero_point)
+        quantized = quantize(clipped, config.bits_for(item.name), group_size, config.zero_point)
     except QuantizationError as error:
         raise QuantizationError(f"{item.name}: {error}") from None
     if inputs.compensator is not None:
         quantized = inputs.compensator.round(weight, quantized)
     bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
     searched = dequantize(quantized) / item.column_scale * item.row_scale.unsqueeze(1)
-    nearest = plan.fake_quantize(group_size)(item.original)
+    nearest = plan.fake_quantize(item.name)(item.original)
     energy = awq.output_error(item.original, inputs.original).clamp(min=torch.finfo(torch.float32).tiny)
     report = LinearReport(
         name=item.name,
-        bits=config.bits,
+        bits=quantized.bits,
         group_size=group_size,
         error_before=float(awq.output_error(nearest - item.original, inputs.original) / energy),
         error_after=float(awq.output_error(searched - item.original, inputs.original) / energy),
         tokens=inputs.tokens,
-        note="" if group_size == config.group_size else f"group size {config.group_size} does not divide its inputs",
+        note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
     )
     return QuantLinear.from_weight(quantized, bias), report
 
@@ -397,7 +470,7 @@ def _warn_of_surprises(plan: _Plan) -> None:
     for pattern in plan.config.modules_to_not_convert:
         if pattern not in "lm_head" and not any(pattern in name for name in plan.in_features):
             warnings.warn(f"modules_to_not_convert: no linear of the blocks has {pattern!r} in its name", stacklevel=4)
-    if len(set(plan.group_sizes.values())) > 1:
+    if len(plan.group_sizes_of_blocks) > 1:
         name, size = next(iter(plan.other_group_sizes.items()))
         warnings.warn(
             f"the group size {plan.config.group_size} does not divide the inputs of {len(plan.other_group_sizes)} "
