@@ -251,7 +251,7 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
             raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
         if bool((half_scales.isinf() & scales.isfinite()).any()):
             raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
-    return PackedWeight(_pack_codes(codes, bits), _pack_parameters(half_scales), _pack_parameters(zeros))
+    return PackedWeight(torch.ops.autoq.pack_codes(codes, bits), _pack_parameters(half_scales), _pack_parameters(zeros))
 
 
 def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int, symmetric: bool) -> QuantizedWeight:
@@ -283,6 +283,13 @@ _library.define(
     "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+
+_library.define("pack_codes(Tensor codes, int bits) -> Tensor")
+
+
+def _fake_pack_codes(codes: Tensor, bits: int) -> Tensor:
+    out_features, in_features = codes.shape
+    return codes.new_empty(-(-out_features // LANES), -(-in_features // UNIT), bits, LANES, dtype=torch.int32)
 
 
 def _reference_dequantize(
@@ -346,8 +353,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
 _library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
+_library.impl("pack_codes", _pack_codes, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
 torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
+torch.library.register_fake("autoq::pack_codes", _fake_pack_codes, lib=_library)
 torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
 _extension_problem = _load_extension()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoq import ops
 from autoq.errors import ConfigError
-from autoq.formats import LinearSpec, all_formats, get_format
+from autoq.formats import LinearSpec, all_formats, dense, gemm, get_format
 from autoq.quantization.weight import QuantizedWeight, quantize
 
 CASES = [
@@ -90,3 +91,28 @@ def test_gemm_writes_symmetric_zeros_out_and_reads_other_zeros_as_they_are() -> 
 def test_unknown_format() -> None:
     with pytest.raises(ConfigError, match="'marlin' is not supported; supported are dense, gemm"):
         get_format("marlin")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 32), (37, 88), (70, 200), (128, 1032)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_native_conversions_equal_their_reference(rows: int, columns: int, bits: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8)
+    assert torch.equal(torch.ops.autoq.pack_codes(codes, bits), ops._pack_codes(codes, bits))
+    stream = dense._to_bit_stream(codes[:, : columns - 3], bits)
+    assert torch.equal(torch.ops.autoq.unpack_bit_stream(stream, columns - 3, bits), codes[:, : columns - 3])
+    words = torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int64).to(torch.int32)
+    assert torch.equal(torch.ops.autoq.unpack_gemm_codes(words), gemm._unpack_columns(words).T)
+
+
+def test_conversions_refuse_what_they_cannot_read() -> None:
+    with pytest.raises(RuntimeError):
+        torch.ops.autoq.unpack_bit_stream(torch.zeros(2, 5, dtype=torch.uint8), 16, 3)
+    if ops.extension_missing() is None:
+        for arguments in ((torch.zeros(2, 2), 4), (torch.zeros(2, dtype=torch.uint8), 4)):
+            with pytest.raises(RuntimeError, match="codes must be uint8 of two dimensions"):
+                torch.ops.autoq.pack_codes(*arguments)
+        with pytest.raises(RuntimeError, match="bits is 5"):
+            torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 5)
+        with pytest.raises(RuntimeError, match="GEMM words must be int32"):
+            torch.ops.autoq.unpack_gemm_codes(torch.zeros(2, 8))

@@ -48,6 +48,16 @@ def _from_bit_stream(stream: Tensor, count: int, bits: int) -> Tensor:
     return codes.to(torch.uint8).reshape(rows, -1)[:, :count].contiguous()
 
 
+_library = torch.library.Library("autoq", "FRAGMENT")
+_library.define("unpack_bit_stream(Tensor stream, int count, int bits) -> Tensor")
+_library.impl("unpack_bit_stream", _from_bit_stream, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "autoq::unpack_bit_stream",
+    lambda stream, count, bits: stream.new_empty(stream.shape[0], count),
+    lib=_library,
+)
+
+
 @dataclass(frozen=True)
 class Dense:
     name: str = "dense"
@@ -75,9 +85,11 @@ class Dense:
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         return QuantizedWeight(
-            codes=_from_bit_stream(tensors["qweight"], spec.in_features, spec.bits),
+            codes=torch.ops.autoq.unpack_bit_stream(tensors["qweight"], spec.in_features, spec.bits),
             scales=tensors["scales"].contiguous(),
-            zeros=_from_bit_stream(tensors["qzeros"], spec.groups, spec.bits) if spec.zero_point else None,
+            zeros=torch.ops.autoq.unpack_bit_stream(tensors["qzeros"], spec.groups, spec.bits)
+            if spec.zero_point
+            else None,
             bits=spec.bits,
         )
 

@@ -38,6 +38,16 @@ def _unpack_columns(words: Tensor) -> Tensor:
     return values.reshape(words.shape[0], -1)
 
 
+_library = torch.library.Library("autoq", "FRAGMENT")
+_library.define("unpack_gemm_codes(Tensor words) -> Tensor")
+_library.impl("unpack_gemm_codes", lambda words: _unpack_columns(words).T.contiguous(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "autoq::unpack_gemm_codes",
+    lambda words: words.new_empty(_PER_WORD * words.shape[1], words.shape[0], dtype=torch.uint8),
+    lib=_library,
+)
+
+
 @dataclass(frozen=True)
 class Gemm:
     name: str = "gemm"
@@ -69,7 +79,7 @@ class Gemm:
         if not spec.zero_point and bool((zeros == 2 ** (spec.bits - 1)).all()):
             zeros = None
         return QuantizedWeight(
-            codes=_unpack_columns(tensors["qweight"]).T.contiguous(),
+            codes=torch.ops.autoq.unpack_gemm_codes(tensors["qweight"]),
             scales=tensors["scales"].T.contiguous(),
             zeros=zeros,
             bits=spec.bits,
