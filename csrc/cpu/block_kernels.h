@@ -218,26 +218,17 @@ AUTOQ_VECTOR void widen_rows(const CacheView& cache, int64_t index, int64_t rows
     }
 }
 
-// Scores of one query with `count` keys.
+// Scores of one query with `count` keys, whose rows are there for a multiple of sixteen.
 AUTOQ_VECTOR void score_chunk(const float* query, const float* keys, int64_t count, int64_t padded, float* scores) {
-    int64_t position = 0;
-    for (; position + 4 <= count; position += 4) {
-        Lanes sums[4] = {};
+    for (int64_t position = 0; position < count; position += 16) {
+        Lanes sums[16] = {};
         for (int64_t column = 0; column < padded; column += 16) {
             const Lanes value = load<Float::kFloat32>(query, column);
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 16; ++i) {
                 sums[i] = multiply_add(value, load<Float::kFloat32>(keys, (position + i) * padded + column), sums[i]);
             }
         }
-        for (int i = 0; i < 4; ++i) scores[position + i] = sum_of(sums[i]);
-    }
-    for (; position < count; ++position) {
-        Lanes sum{};
-        for (int64_t column = 0; column < padded; column += 16) {
-            sum = multiply_add(load<Float::kFloat32>(query, column),
-                               load<Float::kFloat32>(keys, position * padded + column), sum);
-        }
-        scores[position] = sum_of(sum);
+        store<Float::kFloat32>(scores, position, sums_of(sums));
     }
 }
 

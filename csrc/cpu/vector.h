@@ -30,12 +30,48 @@ AUTOQ_VECTOR Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 AUTOQ_VECTOR float sum_of(Lanes lanes) {
 #if AUTOQ_LEVEL == 512
     return _mm512_reduce_add_ps(lanes);
+#elif AUTOQ_LEVEL == 256
+    union {
+        Lanes all;
+        __m256 half[2];
+    } x{lanes};
+    const __m256 eight = _mm256_add_ps(x.half[0], x.half[1]);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 #else
     float value[16];
     std::memcpy(value, &lanes, 64);
     for (int width = 8; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) value[i] += value[i + width];
     return value[0];
+#endif
+}
+
+// The sums of sixteen vectors, one in each lane.
+AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
+#if AUTOQ_LEVEL == 512
+    // Pairs of vectors become one, four times: each lane then holds the sum over one vector.
+    __m512 eight[8], four[4];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
+        eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const __m512 first =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const __m512 second =
+        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+#else
+    float sums[16];
+    for (int i = 0; i < 16; ++i) sums[i] = sum_of(vectors[i]);
+    Lanes lanes;
+    std::memcpy(&lanes, sums, 64);
+    return lanes;
 #endif
 }
 
