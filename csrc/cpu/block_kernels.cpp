@@ -45,6 +45,14 @@ void with_dtype(Float dtype, Function&& function) {
     }
 }
 
+// Floats that a thread keeps between calls, at the start of a cache line: registers that cross one load at half speed.
+float* floats_of_thread(size_t count) {
+    static thread_local std::vector<float> memory;
+    if (memory.size() < count + kLanes) memory.resize(count + kLanes);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
+}
+
 namespace portable {
 #define AUTOQ_LEVEL 0
 #include "block_kernels.h"

@@ -189,8 +189,9 @@ void rotate_tokens(const AttentionInput& input, int64_t begin, int64_t end) {
 // Softmax in one pass over the positions, a chunk at a time, with a running maximum (Milakov and Gimelshein,
 // arXiv:1805.02867): what was summed under an older maximum is scaled down.
 
-constexpr int64_t kChunk = 32;       // positions whose keys, in fp32, stay in the first-level cache
-constexpr int64_t kMaxQueries = 16;  // that share a pass over the keys
+constexpr int64_t kChunk = 64;          // positions at most
+constexpr int64_t kChunkValues = 4096;  // keys of a chunk in fp32: they stay in the first-level cache
+constexpr int64_t kMaxQueries = 16;     // that share a pass over the keys
 
 struct Query {
     const float* values;
@@ -235,16 +236,16 @@ AUTOQ_VECTOR void score_chunk(const float* query, const float* keys, int64_t cou
 // Turns scores into weights under the query's maximum so far; returns by how much older sums shrink.
 AUTOQ_VECTOR float weigh_chunk(Query& query, int64_t count, float* scores) {
     Lanes largest = all_lanes(query.maximum);
-    for (int64_t i = count; i < kChunk; ++i) scores[i] = -INFINITY;
-    for (int64_t i = 0; i < kChunk; i += 16) largest = larger(largest, load<Float::kFloat32>(scores, i));
+    for (int64_t i = count; i % 16 != 0; ++i) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < count; i += 16) largest = larger(largest, load<Float::kFloat32>(scores, i));
     const float maximum = largest_of(largest);
     Lanes sum{};
-    for (int64_t i = 0; i < kChunk; i += 16) {
+    for (int64_t i = 0; i < count; i += 16) {
         const Lanes weight = exponential(load<Float::kFloat32>(scores, i) - all_lanes(maximum));
         store<Float::kFloat32>(scores, i, weight);
         sum += weight;
     }
-    const float shrink = std::exp(query.maximum - maximum);
+    const float shrink = query.maximum == maximum ? 1.0f : std::exp(query.maximum - maximum);
     query.sum = query.sum * shrink + sum_of(sum);
     query.maximum = maximum;
     return shrink;
@@ -286,20 +287,19 @@ void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, 
     const int64_t group = queries[0].head / (input.layout.heads / input.layout.kv_heads);
     const int64_t keys = batch * input.keys.batch_stride + group * input.keys.head_stride;
     const int64_t values = batch * input.values.batch_stride + group * input.values.head_stride;
-    static thread_local std::vector<float> memory;
-    const size_t needed = static_cast<size_t>((2 * kChunk + kMaxQueries) * padded);
-    if (memory.size() < needed) memory.resize(needed);
-    float* wide_keys = memory.data();
+    const int64_t needed = (2 * kChunk + kMaxQueries) * padded;
+    float* wide_keys = floats_of_thread(static_cast<size_t>(needed));
     float* wide_values = wide_keys + kChunk * padded;
     float* outputs = wide_values + kChunk * padded;
-    std::fill(memory.begin(), memory.begin() + static_cast<int64_t>(needed), 0.0f);
+    std::fill(wide_keys, wide_keys + needed, 0.0f);
     int64_t positions = 0;
     for (int64_t q = 0; q < count; ++q) {
         if (queries[q].positions > positions) positions = queries[q].positions;
     }
     alignas(64) float scores[kChunk];
-    for (int64_t first = 0; first < positions; first += kChunk) {
-        const int64_t rows = positions - first < kChunk ? positions - first : kChunk;
+    const int64_t chunk = std::clamp<int64_t>(kChunkValues / padded / 16 * 16, 16, kChunk);
+    for (int64_t first = 0; first < positions; first += chunk) {
+        const int64_t rows = std::min(positions - first, chunk);
         widen_rows<DTYPE>(input.keys, keys + first * size, rows, size, padded, wide_keys);
         widen_rows<DTYPE>(input.values, values + first * size, rows, size, padded, wide_values);
         for (int64_t q = 0; q < count; ++q) {

@@ -78,11 +78,15 @@ AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
 AUTOQ_VECTOR Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 AUTOQ_VECTOR float largest_of(Lanes lanes) {
+#if AUTOQ_LEVEL == 512
+    return _mm512_reduce_max_ps(lanes);
+#else
     float value[16];
     std::memcpy(value, &lanes, 64);
     for (int width = 8; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) value[i] = value[i] > value[i + width] ? value[i] : value[i + width];
     return value[0];
+#endif
 }
 
 template <Float DTYPE>
@@ -91,12 +95,17 @@ AUTOQ_VECTOR Lanes load(const void* data, int64_t index) {
     if constexpr (DTYPE == Float::kFloat32) {
         std::memcpy(&lanes, static_cast<const float*>(data) + index, 64);
     } else if constexpr (DTYPE == Float::kBFloat16) {
+#if AUTOQ_LEVEL == 512
+        const auto* bits = reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index);
+        lanes = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)), 16));
+#else
         typedef uint16_t Shorts __attribute__((vector_size(32)));
         typedef uint32_t Words __attribute__((vector_size(64)));
         Shorts bits;
         std::memcpy(&bits, static_cast<const uint16_t*>(data) + index, 32);
         const Words words = __builtin_convertvector(bits, Words) << 16;
         std::memcpy(&lanes, &words, 64);
+#endif
     } else {
 #if AUTOQ_LEVEL == 512
         lanes = _mm512_cvtph_ps(
