@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from autoq import AutoQForCausalLM
+from autoq.errors import AutoQError
 from autoq.evaluation import compare, perplexity
 
 
@@ -42,4 +43,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (AutoQError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

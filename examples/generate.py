@@ -10,6 +10,7 @@ import argparse
 from transformers import AutoTokenizer, TextStreamer
 
 from autoq import AutoQForCausalLM
+from autoq.errors import AutoQError
 
 
 def main() -> None:
@@ -22,8 +23,8 @@ def main() -> None:
     parser.add_argument("--device-map", default="auto", help="auto, balanced, sequential, or a device")
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoQForCausalLM.from_quantized(arguments.model, device_map=arguments.device_map)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.chat:
         messages = [{"role": "user", "content": arguments.prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -43,4 +44,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (AutoQError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,6 +1,6 @@
 """Quantizes a model with AWQ and saves it.
 
-python examples/quantize.py MODEL OUT [--bits 4] [--group-size 128] [--calibration FILE_OR_DATASET]
+python examples/quantize.py MODEL OUT [--bits 4] [--group-size 128] [--head-bits 8] [--calibration FILE_OR_DATASET]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 from transformers import AutoTokenizer
 
 from autoq import AutoQForCausalLM
+from autoq.errors import AutoQError
 
 
 def main() -> None:
@@ -19,19 +20,21 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
     parser.add_argument("--group-size", type=int, default=128, help="16, 32, 64, 128, 256, or -1 for whole rows")
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument("--head-bits", type=int, choices=(2, 3, 4, 8), help="quantize the output head too")
     parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoQForCausalLM.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     report = model.quantize(
         tokenizer,
         quant_config={
             "bits": arguments.bits,
             "group_size": arguments.group_size,
             "zero_point": not arguments.symmetric,
+            "lm_head_bits": arguments.head_bits,
         },
         calib_data=arguments.calibration,
         max_calib_samples=arguments.samples,
@@ -44,4 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (AutoQError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
