@@ -107,6 +107,7 @@ class AutoQForCausalLM(nn.Module):
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
         fuse_layers: bool = True,
+        kv_cache_bits: int | None = None,
         **hub_options: Any,
     ) -> AutoQForCausalLM:
         """Loads a quantized checkpoint: one of autoq's, or an AWQ checkpoint in the GEMM format.
@@ -118,11 +119,15 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
         fuse_layers: decoder blocks on the CPU run in one native call each, without gradients, and give the same tokens;
             False runs transformers' own.
+        kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
+            fused: half the memory of a long context, and less to read. None keeps them in the model's dtype.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are
             accepted and ignored with a warning.
 
         Raises CheckpointError when the checkpoint is incomplete, damaged, unsafe to read or not quantized.
         """
+        if kv_cache_bits not in (None, 8):
+            raise ConfigError(f"kv_cache_bits is {kv_cache_bits!r}; it should be 8, or None for the model's dtype")
         torch_dtype = hub_options.pop("dtype", torch_dtype)
         hub_options = _without_autoawq_options(hub_options, "from_quantized", quant_filename=quant_filename)
         for name in hub_options:
@@ -136,7 +141,7 @@ class AutoQForCausalLM(nn.Module):
             offload_folder=offload_folder,
         )
         if fuse_layers:
-            fuse_blocks(model)
+            fuse_blocks(model, quantized_cache=kv_cache_bits == 8)
         return cls(model, quant_config)
 
     def quantize(

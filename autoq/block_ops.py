@@ -104,10 +104,13 @@ class BlockSettings:
         )  # fmt: skip
 
 
+_FORBIDDEN = -1e30  # added to the score of a position that a boolean mask leaves out
+
 _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define(
-    "decoder_block(Tensor hidden, Tensor(a!) keys, Tensor(b!) values, int past, Tensor? cosines, Tensor? sines, "
-    "Tensor? mask, Tensor? bias, Tensor[] tensors, int[] settings, float[] constants) -> Tensor"
+    "decoder_block(Tensor hidden, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scales, "
+    "Tensor(d!)? value_scales, int past, Tensor? cosines, Tensor? sines, Tensor? mask, Tensor? bias, "
+    "Tensor[] tensors, int[] settings, float[] constants) -> Tensor"
 )
 
 
@@ -165,12 +168,33 @@ def _heads(qkv: Tensor, starts: list[int], head_dim: int) -> Tensor:
 def _score_term(tensor: Tensor, inverted: bool) -> Tensor:
     if tensor.dtype != torch.bool:
         return tensor.float()
-    return torch.zeros_like(tensor, dtype=torch.float32).masked_fill(tensor if inverted else ~tensor, -1e30)
+    return torch.zeros_like(tensor, dtype=torch.float32).masked_fill(tensor if inverted else ~tensor, _FORBIDDEN)
+
+
+def write_cache(cache: Tensor, scales: Tensor | None, past: int, states: Tensor) -> None:
+    """Puts keys or values `[batch, heads, tokens, head_dim]` behind the first `past` positions of a cache.
+
+    scales: None, or fp32 `[batch, heads, capacity]` of an int8 cache: each head of each position gets one.
+    """
+    end = past + states.shape[2]
+    if scales is None:
+        cache[:, :, past:end] = states
+        return
+    wide = states.float()
+    scale = wide.abs().amax(-1) / 127
+    scales[:, :, past:end] = scale
+    cache[:, :, past:end] = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
+
+
+def _read_cache(cache: Tensor, scales: Tensor | None, seen: int) -> Tensor:
+    wide = cache[:, :, :seen].float()
+    return wide if scales is None else wide * scales[:, :, :seen, None]
 
 
 def _attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
-    mask: Tensor | None, bias: Tensor | None, tensors: BlockTensors, settings: BlockSettings,
+    qkv: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
+    cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None, tensors: BlockTensors,
+    settings: BlockSettings,
 ) -> Tensor:  # fmt: skip
     layout = settings.heads
     batch, tokens, _ = qkv.shape
@@ -186,17 +210,23 @@ def _attend(
     if tensors.key_norm.numel():
         k = _norm(k, tensors.key_norm, nothing, NormKind.RMS, settings.epsilons[2])
     q, k = (_rotate(x, settings.rotary, cosines, sines) for x in (q, k))
-    keys[:, :, past:seen] = k.transpose(1, 2)
-    values[:, :, past:seen] = v.transpose(1, 2)
     shared = layout.heads // layout.kv_heads
-    all_keys, all_values = (x[:, :, :seen].float().repeat_interleave(shared, 1) for x in (keys, values))
+    write_cache(keys, key_scales, past, k.transpose(1, 2))
+    write_cache(values, value_scales, past, v.transpose(1, 2))
+    all_keys = _read_cache(keys, key_scales, seen).repeat_interleave(shared, 1)
+    all_values = _read_cache(values, value_scales, seen).repeat_interleave(shared, 1)
     scores = q.transpose(1, 2) @ all_keys.transpose(2, 3) * settings.scale
-    if mask is not None:
-        scores = scores + _score_term(mask, settings.inverted_mask)
     if bias is not None:
         scores = scores + _score_term(bias, False)
-    future = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).triu(past + 1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    if mask is not None:
+        scores = scores + _score_term(mask, settings.inverted_mask)
+    else:  # a mask says all that a query may look at; without one it may look back
+        future = torch.ones(tokens, seen, dtype=torch.bool, device=qkv.device).triu(past + 1)
+        scores = scores.masked_fill(future, -math.inf)
+    nowhere = (scores < _FORBIDDEN / 2).all(
+        -1, keepdim=True
+    )  # what a padding token sees does not matter, but NaN would
+    weights = scores.softmax(-1).masked_fill(nowhere, 0)
     return (weights @ all_values).transpose(1, 2).reshape(batch, tokens, -1).to(qkv.dtype)
 
 
@@ -212,7 +242,8 @@ def _mlp(x: Tensor, tensors: BlockTensors, settings: BlockSettings) -> Tensor:
 
 
 def _reference(
-    hidden: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
+    hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
+    cosines: Tensor | None, sines: Tensor | None,
     mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
 ) -> Tensor:  # fmt: skip
     parts, chosen = BlockTensors(*tensors), BlockSettings.of(settings, constants)
@@ -222,7 +253,7 @@ def _reference(
 
     def attention(x: Tensor) -> Tensor:
         qkv = _project(x, parts, "qkv", chosen.bits[0], chosen.heads.row_size)
-        mixed = _attend(qkv, keys, values, past, cosines, sines, mask, bias, parts, chosen)
+        mixed = _attend(qkv, keys, values, key_scales, value_scales, past, cosines, sines, mask, bias, parts, chosen)
         return _project(mixed, parts, "output", chosen.bits[1], hidden.shape[-1])
 
     def total(*terms: Tensor) -> Tensor:
@@ -244,7 +275,8 @@ def _reference(
 
 
 def _fake(
-    hidden: Tensor, keys: Tensor, values: Tensor, past: int, cosines: Tensor | None, sines: Tensor | None,
+    hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
+    cosines: Tensor | None, sines: Tensor | None,
     mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)

@@ -155,7 +155,27 @@ cpu::ScoreTerm score_term(const std::optional<Tensor>& tensor, const char* name,
             strides[3]};
 }
 
-cpu::CacheView cache_view(const Tensor& cache) { return {cache.data_ptr(), cache.stride(0), cache.stride(1)}; }
+cpu::CacheView cache_view(const Tensor& cache, const std::optional<Tensor>& scales) {
+    float* data = scales ? static_cast<float*>(scales->data_ptr()) : nullptr;
+    return {cache.data_ptr(), data, cache.size(1), cache.size(2)};
+}
+
+// The first `positions` of a cache in the dtype of `like`, for torch.
+Tensor dense_cache(const Tensor& cache, const cpu::CacheView& view, const Tensor& like, int64_t positions) {
+    Tensor dense = cache;
+    if (view.scales) {
+        dense = torch::stable::new_empty(cache, {cache.size(0), cache.size(1), cache.size(2), cache.size(3)},
+                                         like.scalar_type());
+        const int64_t heads = cache.size(0) * cache.size(1);
+        torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t head = begin; head < end; ++head) {
+                block_kernels().widen(view, dense.data_ptr(), float_of(like.scalar_type()), cache.size(3),
+                                      head * view.capacity, head * view.capacity + positions);
+            }
+        });
+    }
+    return torch::stable::narrow(dense, 2, 0, positions);
+}
 
 void attend_directly(const AttentionInput& input) {
     const int64_t shared = input.layout.heads / input.layout.kv_heads;  // query heads of a key head
@@ -200,7 +220,12 @@ Tensor attend_with_torch(const Tensor& queries, const Tensor& keys, const Tensor
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor attention(const Block& block, const Tensor& qkv, const Tensor& keys, const Tensor& values, int64_t past,
+struct Cache {
+    Tensor keys, values;
+    std::optional<Tensor> key_scales, value_scales;
+};
+
+Tensor attention(const Block& block, const Tensor& qkv, const Cache& cache, int64_t past,
                  const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
                  const std::optional<Tensor>& mask, const std::optional<Tensor>& bias) {
     const int64_t batch = qkv.size(0), tokens = qkv.size(1);
@@ -223,8 +248,8 @@ Tensor attention(const Block& block, const Tensor& qkv, const Tensor& keys, cons
         input.rotary.batch_stride = cosines->size(0) == 1 ? 0 : cosines->stride(0);
         input.rotary.token_stride = cosines->stride(1);
     }
-    input.keys = cache_view(keys);
-    input.values = cache_view(values);
+    input.keys = cache_view(cache.keys, cache.key_scales);
+    input.values = cache_view(cache.values, cache.value_scales);
     input.scale = block.constant(kScale);
     const int64_t heads = input.layout.heads, size = input.layout.head_dim;
     const std::array<int64_t, 4> score_shape{batch, heads, tokens, past + tokens};
@@ -240,10 +265,9 @@ Tensor attention(const Block& block, const Tensor& qkv, const Tensor& keys, cons
         std::optional<Tensor> terms = mask;
         if (terms && terms->scalar_type() != ScalarType::Bool) terms = torch::stable::to(*terms, dtype);
         Tensor own = torch::stable::to(torch::stable::narrow(queries, 3, 0, size), dtype);
-        Tensor all_keys = keys, all_values = values;
         const Tensor result = attend_with_torch(
-            torch::stable::transpose(own, 1, 2), torch::stable::narrow(all_keys, 2, 0, past + tokens),
-            torch::stable::narrow(all_values, 2, 0, past + tokens), terms, heads != input.layout.kv_heads);
+            torch::stable::transpose(own, 1, 2), dense_cache(cache.keys, input.keys, qkv, past + tokens),
+            dense_cache(cache.values, input.values, qkv, past + tokens), terms, heads != input.layout.kv_heads);
         return torch::stable::reshape(torch::stable::transpose(result, 1, 2), {batch, tokens, heads * size});
     }
     Tensor output = torch::stable::new_empty(qkv, {batch, tokens, heads * size});
@@ -254,10 +278,11 @@ Tensor attention(const Block& block, const Tensor& qkv, const Tensor& keys, cons
 
 // ---- the operator ------------------------------------------------------------------------------------------------
 
-void check_cache(const Tensor& cache, const char* name, const Tensor& hidden, const cpu::HeadLayout& layout,
-                 int64_t past) {
-    STD_TORCH_CHECK(cache.is_cpu() && cache.scalar_type() == hidden.scalar_type(), "autoq::decoder_block: ", name,
-                    " must be on the CPU and have the dtype of the hidden states");
+void check_cache(const Tensor& cache, const std::optional<Tensor>& scales, const char* name, const Tensor& hidden,
+                 const cpu::HeadLayout& layout, int64_t past) {
+    const ScalarType wanted = scales ? ScalarType::Char : hidden.scalar_type();
+    STD_TORCH_CHECK(cache.is_cpu() && cache.scalar_type() == wanted, "autoq::decoder_block: ", name,
+                    " must be on the CPU and have the dtype of the hidden states, or be int8 with scales");
     STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == hidden.size(0) && cache.size(1) == layout.kv_heads &&
                         cache.size(3) == layout.head_dim && cache.is_contiguous(),
                     "autoq::decoder_block: ", name, " must be contiguous and have the shape [", hidden.size(0), ", ",
@@ -265,6 +290,12 @@ void check_cache(const Tensor& cache, const char* name, const Tensor& hidden, co
     STD_TORCH_CHECK(past >= 0 && past + hidden.size(1) <= cache.size(2), "autoq::decoder_block: ", name,
                     " has room for ", cache.size(2), " positions, but ", past, " are taken and ", hidden.size(1),
                     " come; make the cache larger");
+    if (!scales) return;
+    STD_TORCH_CHECK(scales->is_cpu() && scales->scalar_type() == ScalarType::Float && scales->dim() == 3 &&
+                        scales->size(0) == cache.size(0) && scales->size(1) == cache.size(1) &&
+                        scales->size(2) == cache.size(2) && scales->is_contiguous(),
+                    "autoq::decoder_block: the scales of the ", name,
+                    " must be contiguous float32 [batch, heads, capacity] on the CPU");
 }
 
 void check_rotary(const std::optional<Tensor>& table, const Block& block, const Tensor& hidden) {
@@ -321,7 +352,8 @@ void check_settings(const Block& block) {
         "autoq::decoder_block: a setting is out of its range");
 }
 
-Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& values, int64_t past,
+Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& values,
+                     const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales, int64_t past,
                      const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
                      const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
                      const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
@@ -336,8 +368,11 @@ Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& va
     const Tensor hidden = make_contiguous(hidden_);
     const Block block{tensors, settings, constants, float_of(hidden.scalar_type())};
     check_settings(block);
-    check_cache(keys, "keys", hidden, block.heads(), past);
-    check_cache(values, "values", hidden, block.heads(), past);
+    STD_TORCH_CHECK(key_scales.has_value() == value_scales.has_value(),
+                    "autoq::decoder_block: keys and values must both have scales, or neither");
+    check_cache(keys, key_scales, "keys", hidden, block.heads(), past);
+    check_cache(values, value_scales, "values", hidden, block.heads(), past);
+    const Cache cache{keys, values, key_scales, value_scales};
     check_rotary(cosines, block, hidden);
     check_rotary(sines, block, hidden);
     check_vectors(block, hidden);
@@ -346,7 +381,7 @@ Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& va
     const auto arrangement = static_cast<Arrangement>(block.setting(kArrangement));
     const auto attend = [&](const Tensor& input) {
         const Tensor qkv = block.project(input, kQkv, kQkvBits, block.heads().row_size());
-        const Tensor mixed = attention(block, qkv, keys, values, past, cosines, sines, mask, bias);
+        const Tensor mixed = attention(block, qkv, cache, past, cosines, sines, mask, bias);
         return block.project(mixed, kOutput, kOutputBits, hidden.size(2));
     };
     if (arrangement == Arrangement::kPostNorm) {

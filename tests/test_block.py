@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from native import needs_extension
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, PreTrainedModel
 
-from autoq import block_ops, ops
+from autoq import AutoQForCausalLM, block_ops, ops
 from autoq.architectures import architecture_of
+from autoq.errors import ConfigError
 from autoq.nn import QuantLinear, block
 from autoq.nn.block import FusedForward, fuse_blocks, unfuse_blocks
 from autoq.nn.cache import KVLayer
@@ -154,7 +156,19 @@ def arguments(
     mask = torch.rand(2, 1, tokens, past + tokens) > 0.3
     bias = torch.randn(1, 4, 1, past + tokens)
     hidden = torch.randn(2, tokens, width, dtype=dtype)
-    return [hidden, *caches, past, *tables, mask, bias, list(tensors), settings.integers(), settings.constants()]
+    return [
+        hidden,
+        *caches,
+        None,
+        None,
+        past,
+        *tables,
+        mask,
+        bias,
+        list(tensors),
+        settings.integers(),
+        settings.constants(),
+    ]
 
 
 KINDS = [
@@ -166,6 +180,29 @@ KINDS = [
     {"clip": 0.0},
     {"heads": block_ops.HeadLayout.interleaved(4, 2, 24)},
 ]
+
+
+def with_quantized_cache(given: list[Any]) -> list[Any]:
+    for place in (1, 2):
+        states = given[place]
+        given[place] = torch.empty_like(states, dtype=torch.int8)
+        given[place + 2] = torch.empty(states.shape[:3])
+        block_ops.write_cache(given[place], given[place + 2], 0, states)
+    return given
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 21])
+def test_a_cache_of_8_bits_matches_the_reference(tokens: int, capability: str) -> None:
+    given = with_quantized_cache(arguments(tokens))
+    if tokens == 21:
+        given[9] = None  # torch's attention
+    ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
+    output = block_ops.decoder_block(*ours)
+    expected = block_ops.reference_decoder_block(*wanted)
+    torch.testing.assert_close(output, expected, rtol=2e-3, atol=2e-3)
+    for place in (1, 2):
+        assert int((ours[place].int() - wanted[place].int()).abs().max()) <= 1  # ties
+        torch.testing.assert_close(ours[place + 2], wanted[place + 2])
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
@@ -189,7 +226,7 @@ def test_opcheck() -> None:
 def test_what_a_query_must_not_see_does_not_matter() -> None:
     """Neither NaN in unused room of the cache nor in masked positions reaches the output."""
     given = arguments(tokens=1, past=6)
-    given[6] = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    given[8] = torch.ones(2, 1, 1, 7, dtype=torch.bool)
     clean = block_ops.decoder_block(*copy.deepcopy(given))
     for cache in given[1:3]:
         cache[:, :, 7:] = float("nan")
@@ -199,27 +236,27 @@ def test_what_a_query_must_not_see_does_not_matter() -> None:
 def test_a_query_that_may_look_nowhere_is_finite() -> None:
     for tokens in (1, 20):
         given = arguments(tokens=tokens)
-        given[6] = torch.zeros(2, 1, tokens, 4 + tokens, dtype=torch.bool)
+        given[8] = torch.zeros(2, 1, tokens, 4 + tokens, dtype=torch.bool)
         assert block_ops.decoder_block(*given).isfinite().all()
-        given[6] = torch.full((2, 1, tokens, 4 + tokens), torch.finfo(torch.float32).min)
+        given[8] = torch.full((2, 1, tokens, 4 + tokens), torch.finfo(torch.float32).min)
         assert block_ops.decoder_block(*given).isfinite().all()
 
 
 BAD = {
     "must be float32, bfloat16 or float16": lambda a: a.__setitem__(0, a[0].double()),
-    "has room for": lambda a: a.__setitem__(3, 10),
+    "has room for": lambda a: a.__setitem__(5, 10),
     "keys must be contiguous and have the shape": lambda a: a.__setitem__(1, a[1][:, :1]),
     "values must be on the CPU and have the dtype": lambda a: a.__setitem__(2, a[2].bfloat16()),
-    "cosines and sines must be given": lambda a: a.__setitem__(4, None),
-    "cosines turn": lambda a: (a.__setitem__(4, torch.zeros(1, 3, 50)), a.__setitem__(5, torch.zeros(1, 3, 50))),
-    "dimension 3 of mask is 3": lambda a: a.__setitem__(6, a[6][..., :3]),
-    "bias must be bool, float32": lambda a: a.__setitem__(7, a[7].long()),
-    "tensors, .* settings": lambda a: a[8].pop(),
-    "vector of 64 values": lambda a: a[8].__setitem__(0, torch.ones(63)),
-    "head layout leaves the row": lambda a: a[9].__setitem__(5, 10_000),
-    "do not go together": lambda a: a[9].__setitem__(1, 3),
-    "out of its range": lambda a: a[9].__setitem__(10, 99),
-    "codes must have the shape": lambda a: a[8].__setitem__(2, a[8][2][:1]),
+    "cosines and sines must be given": lambda a: a.__setitem__(6, None),
+    "cosines turn": lambda a: (a.__setitem__(6, torch.zeros(1, 3, 50)), a.__setitem__(7, torch.zeros(1, 3, 50))),
+    "dimension 3 of mask is 3": lambda a: a.__setitem__(8, a[8][..., :3]),
+    "bias must be bool, float32": lambda a: a.__setitem__(9, a[9].long()),
+    "tensors, .* settings": lambda a: a[10].pop(),
+    "vector of 64 values": lambda a: a[10].__setitem__(0, torch.ones(63)),
+    "head layout leaves the row": lambda a: a[11].__setitem__(5, 10_000),
+    "do not go together": lambda a: a[11].__setitem__(1, 3),
+    "out of its range": lambda a: a[11].__setitem__(10, 99),
+    "codes must have the shape": lambda a: a[10].__setitem__(2, a[10][2][:1]),
 }
 
 
@@ -235,7 +272,7 @@ def test_wrong_arguments_get_a_sentence(sentence: str) -> None:
 def test_an_empty_batch() -> None:
     given = arguments()
     given[0], given[1], given[2] = given[0][:0], given[1][:0], given[2][:0]
-    given[6] = None
+    given[8] = None
     assert block_ops.decoder_block(*given).shape == (0, 3, 64)
 
 
@@ -315,6 +352,28 @@ def test_static_cache_runs_unfused(calls: list[int]) -> None:
     options = {"do_sample": False, "cache_implementation": "static"}
     assert torch.equal(generate(unfused, prompt(2, 12), **options), generate(fused, prompt(2, 12), **options))
     assert calls[0] == 0
+
+
+def test_keys_and_values_of_8_bits(tmp_path: Path) -> None:
+    for variant in FAMILIES:
+        quantized(variant).save_quantized(tmp_path / variant.name)
+        exact = AutoQForCausalLM.from_quantized(tmp_path / variant.name, device_map="cpu")
+        small = AutoQForCausalLM.from_quantized(tmp_path / variant.name, device_map="cpu", kv_cache_bits=8)
+        inputs = prompt(2, 40)
+        with torch.no_grad():
+            wanted, found = exact(**inputs, use_cache=True), small(**inputs, use_cache=True)
+            assert (found.logits - wanted.logits).norm() < 0.03 * wanted.logits.norm()
+            cache = found.past_key_values
+            assert cache.layers[0].reserve(torch.empty(0), 2, 1, 0, 16)[0].keys.dtype == torch.int8
+            # What is in the cache is all that a later token sees, however it came there.
+            inputs["attention_mask"] = torch.ones(2, 41, dtype=torch.int64)
+            next_token = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": inputs["attention_mask"]}
+            step = small(**next_token, past_key_values=cache).logits
+            other = exact(**next_token, past_key_values=wanted.past_key_values).logits
+            assert (step - other).norm() < 0.03 * other.norm()
+        assert small.generate(**prompt(2, 12), num_beams=2, max_new_tokens=5, pad_token_id=0).shape[0] == 2
+    with pytest.raises(ConfigError, match="kv_cache_bits is 4"):
+        AutoQForCausalLM.from_quantized(tmp_path / variant.name, kv_cache_bits=4)
 
 
 # ---- when the block's own forward is wanted ------------------------------------------------------------------------
@@ -440,8 +499,6 @@ def test_cache_layer_behaves_as_transformers_own() -> None:
                 cache.batch_select_indices(torch.tensor([0, 3]))
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
         assert caches[0].get_mask_sizes(4, 0) == caches[1].get_mask_sizes(4, 0)
-        for ours, theirs in zip(*(cache.layers[0].__dict__.get("_buffers") or [] for cache in caches), strict=False):
-            assert ours.shape == theirs.shape
     for cache in caches:
         cache.reset()
     assert caches[1].get_seq_length() == 0
@@ -451,8 +508,8 @@ def test_cache_grows_rarely() -> None:
     layer = KVLayer()
     addresses = set()
     for _ in range(2000):
-        keys, values, _ = layer.reserve(torch.empty(0), 1, 2, 1, 8)
+        buffers, _ = layer.reserve(torch.empty(0), 1, 2, 1, 8)
         layer.advance(1)
-        addresses.add((keys.data_ptr(), values.data_ptr()))
+        addresses.add((buffers.keys.data_ptr(), buffers.values.data_ptr()))
     assert len(addresses) <= 5
-    assert keys.shape[2] < 2 * 2000 + 256
+    assert buffers.keys.shape[2] < 2 * 2000 + 256

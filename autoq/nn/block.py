@@ -18,7 +18,7 @@ from autoq.architectures import architecture_of, known_model_types
 from autoq.architectures.base import DecoderBlock, RotaryKind
 from autoq.block_ops import ActivationKind, BlockSettings, BlockTensors, decoder_block
 from autoq.nn.activation import ScaledActivation
-from autoq.nn.cache import kv_layer, new_buffers
+from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
 from autoq.ops import LANES, PackedWeight
 
@@ -36,8 +36,10 @@ _ACTIVATIONS = {
 }
 
 
-def fuse_blocks(model: PreTrainedModel) -> int:
+def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     """Replaces the forward of every decoder block that the fused operator can run; returns how many those are.
+
+    quantized_cache: keys and values are kept in 8 bits.
 
     A block is left as it is when it is not on the CPU, when some of its linears are not quantized, or when projections
     that are read together cannot be one. So are the blocks of a model that is spread over devices.
@@ -51,7 +53,7 @@ def fuse_blocks(model: PreTrainedModel) -> int:
     for block in architecture.decoder_blocks(model):
         parts = _Parts.of(block, description)
         if parts is not None:
-            block.forward = FusedForward(block, parts, table)
+            block.forward = FusedForward(block, parts, table, quantized_cache)
             fused += 1
     return fused
 
@@ -222,8 +224,9 @@ class _RotaryTable:
 class FusedForward:
     """The forward of a decoder block in one native call."""
 
-    def __init__(self, block: nn.Module, parts: _Parts, table: _RotaryTable) -> None:
+    def __init__(self, block: nn.Module, parts: _Parts, table: _RotaryTable, quantized_cache: bool) -> None:
         self._block = block
+        self._quantized_cache = quantized_cache
         self._unfused = block.forward
         self._parts = parts
         self._table = table
@@ -265,21 +268,20 @@ class FusedForward:
         heads = description.heads
         batch, tokens, _ = hidden.shape
         cache = options.get("past_key_values", options.get("layer_past"))
-        layer = None
+        layer, past = None, 0
         if cache is None:
-            keys, values = new_buffers(hidden, batch, heads.kv_heads, tokens, heads.head_dim)
-            past = 0
+            buffers = KVBuffers.empty(hidden, (batch, heads.kv_heads, tokens, heads.head_dim), self._quantized_cache)
         else:
-            layer = kv_layer(cache, self._parts.attention.layer_idx)
+            layer = kv_layer(cache, self._parts.attention.layer_idx, self._quantized_cache)
             if layer is None:
                 return None
-            keys, values, past = layer.reserve(hidden, batch, heads.kv_heads, tokens, heads.head_dim)
+            buffers, past = layer.reserve(hidden, batch, heads.kv_heads, tokens, heads.head_dim)
         mask = options.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
-            hidden, keys, values, past, cosines, sines, mask, self._bias(options, batch, past + tokens),
+            hidden, *buffers, past, cosines, sines, mask, self._bias(options, batch, past + tokens),
             self._tensors, self._integers, self._constants,
         )  # fmt: skip
         if layer is not None:

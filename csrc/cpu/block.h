@@ -46,10 +46,18 @@ struct Rotary {
     int64_t batch_stride, token_stride;  // in elements; a batch stride of 0 is one table for all sequences
 };
 
-// Keys or values of all positions, [batch, kv_heads, capacity, head_dim]: element strides of the first two dimensions.
+// Keys or values of all positions, [batch, kv_heads, capacity, head_dim], contiguous. With `scales` they are signed
+// bytes, and each position of a head has a scale, fp32 [batch, kv_heads, capacity]; without, they have the dtype of the
+// block.
 struct CacheView {
     void* data;
-    int64_t batch_stride, head_stride;
+    float* scales;
+    int64_t kv_heads, capacity;
+
+    // Which row of head_dim values, and which scale.
+    int64_t row(int64_t batch, int64_t head, int64_t position) const {
+        return (batch * kv_heads + head) * capacity + position;
+    }
 };
 
 // What is added to the scores, or forbids positions: [batch, heads, tokens, positions] with strides in elements,
@@ -92,6 +100,8 @@ struct BlockKernels {
     // For tokens [begin, end) of batch * tokens: rotated keys and the values go into the caches, rotated queries into
     // `queries`.
     void (*rotate)(const AttentionInput& input, int64_t begin, int64_t end);
+    // Rows [begin, end) of a cache of bytes, all heads and positions counted, as values of the dtype.
+    void (*widen)(const CacheView& cache, void* output, Float dtype, int64_t head_dim, int64_t begin, int64_t end);
     // Attention of `count` query heads, beginning with `head`, all of the same key head, for tokens
     // [first, first + tokens) of one sequence.
     void (*attend)(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first,

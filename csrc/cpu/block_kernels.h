@@ -145,10 +145,28 @@ AUTOQ_VECTOR void rotate_head(const Rotary& rotary, int64_t angle, float* head) 
     }
 }
 
+// A head as bytes and the scale that turns them back: its largest magnitude becomes 127.
+AUTOQ_VECTOR float narrow_head(const float* head, int64_t size, int8_t* bytes) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < size; ++i) {
+        const float magnitude = std::fabs(head[i]);
+        // NaN and infinity stay: the scale becomes NaN.
+        largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+    }
+    if (!(largest < INFINITY)) largest = NAN;
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    for (int64_t i = 0; i < size; ++i) bytes[i] = static_cast<int8_t>(std::nearbyint(head[i] * inverse));
+    return largest / 127.0f;
+}
+
 template <Float DTYPE>
-AUTOQ_VECTOR void write_head(const float* head, int64_t size, const CacheView& cache, int64_t index) {
+AUTOQ_VECTOR void write_head(const float* head, int64_t size, const CacheView& cache, int64_t row) {
+    if (cache.scales) {
+        cache.scales[row] = narrow_head(head, size, static_cast<int8_t*>(cache.data) + row * size);
+        return;
+    }
     for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
-        store_some<DTYPE>(cache.data, index + column, count, load<Float::kFloat32>(head, column));
+        store_some<DTYPE>(cache.data, row * size + column, count, load<Float::kFloat32>(head, column));
     });
 }
 
@@ -171,15 +189,13 @@ void rotate_tokens(const AttentionInput& input, int64_t begin, int64_t end) {
                 store<Float::kFloat32>(query, column, value);
             });
         }
-        const int64_t position = (input.past + token) * size;
+        const int64_t position = input.past + token;
         for (int64_t g = 0; g < layout.kv_heads; ++g) {
             read_head<DTYPE>(input, input.key_norm, row + layout.key(g), head);
             rotate_head<DTYPE>(input.rotary, angle, head);
-            write_head<DTYPE>(head, size, input.keys,
-                              batch * input.keys.batch_stride + g * input.keys.head_stride + position);
+            write_head<DTYPE>(head, size, input.keys, input.keys.row(batch, g, position));
             read_head<DTYPE>(input, none, row + layout.value(g), head);
-            write_head<DTYPE>(head, size, input.values,
-                              batch * input.values.batch_stride + g * input.values.head_stride + position);
+            write_head<DTYPE>(head, size, input.values, input.values.row(batch, g, position));
         }
     }
 }
@@ -191,30 +207,70 @@ void rotate_tokens(const AttentionInput& input, int64_t begin, int64_t end) {
 
 constexpr int64_t kChunk = 64;          // positions at most
 constexpr int64_t kChunkValues = 4096;  // keys of a chunk in fp32: they stay in the first-level cache
-constexpr int64_t kMaxQueries = 16;     // that share a pass over the keys
+constexpr float kForbidden = -1e30f;
+constexpr int64_t kMaxQueries = 16;  // that share a pass over the keys
 
 struct Query {
     const float* values;
     int64_t head, token;
-    int64_t positions;  // that it may look at: those up to its own
+    int64_t positions;  // that it may look at, from the first on, unless the mask forbids one
     float maximum, sum;
 };
 
-AUTOQ_VECTOR float term_at(const ScoreTerm& term, int64_t batch, const Query& query, int64_t position) {
-    if (!term.data) return 0.0f;
-    const int64_t index = batch * term.batch_stride + query.head * term.head_stride + query.token * term.token_stride +
-                          position * term.position_stride;
-    if (term.is_boolean) return static_cast<const uint8_t*>(term.data)[index] == term.forbidden ? -1e30f : 0.0f;
-    return load_float(term.data, term.dtype, index);
+// Adds a term to the scores of one query with the positions [first, first + count).
+AUTOQ_VECTOR void add_term(const ScoreTerm& term, int64_t batch, const Query& query, int64_t first, int64_t count,
+                           float* scores) {
+    if (!term.data) return;
+    const int64_t start = batch * term.batch_stride + query.head * term.head_stride + query.token * term.token_stride +
+                          first * term.position_stride;
+    const int64_t stride = term.position_stride;
+    if (term.is_boolean) {
+        const uint8_t* bytes = static_cast<const uint8_t*>(term.data) + start;
+        for (int64_t i = 0; i < count; ++i) scores[i] += bytes[i * stride] == term.forbidden ? kForbidden : 0.0f;
+    } else if (term.dtype == Float::kFloat32) {
+        const float* values = static_cast<const float*>(term.data) + start;
+        for (int64_t i = 0; i < count; ++i) scores[i] += values[i * stride];
+    } else {
+        for (int64_t i = 0; i < count; ++i) scores[i] += load_float(term.data, term.dtype, start + i * stride);
+    }
+}
+
+// What is added to the scores of a query with the positions [first, first + count); whether it may look at any of them.
+AUTOQ_VECTOR bool gather_terms(const AttentionInput& input, int64_t batch, const Query& query, int64_t first,
+                               int64_t count, float* terms) {
+    for (int64_t i = 0; i < kChunk; ++i) terms[i] = 0.0f;
+    add_term(input.mask, batch, query, first, count, terms);
+    float largest = kForbidden;
+    for (int64_t i = 0; i < count; ++i) largest = terms[i] > largest ? terms[i] : largest;
+    add_term(input.bias, batch, query, first, count, terms);
+    return largest > kForbidden;
+}
+
+// Sixteen values of a row of the cache, or the last of it.
+template <Float DTYPE>
+AUTOQ_VECTOR Lanes load_cached(const CacheView& cache, int64_t row, int64_t size, int64_t column, int64_t count) {
+    if (!cache.scales) return load_some<DTYPE>(cache.data, row * size + column, count);
+    int8_t bytes[16] = {0};
+    std::memcpy(bytes, static_cast<const int8_t*>(cache.data) + row * size + column, static_cast<size_t>(count));
+    return load_bytes(bytes) * all_lanes(cache.scales[row]);
 }
 
 template <Float DTYPE>
-AUTOQ_VECTOR void widen_rows(const CacheView& cache, int64_t index, int64_t rows, int64_t size, int64_t padded,
+AUTOQ_VECTOR void widen_rows(const CacheView& cache, int64_t first, int64_t rows, int64_t size, int64_t padded,
                              float* wide) {
     for (int64_t row = 0; row < rows; ++row) {
         for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
-            store<Float::kFloat32>(wide, row * padded + column,
-                                   load_some<DTYPE>(cache.data, index + row * size + column, count));
+            const Lanes values = load_cached<DTYPE>(cache, first + row, size, column, count);
+            store<Float::kFloat32>(wide, row * padded + column, values);
+        });
+    }
+}
+
+template <Float DTYPE>
+void widen_cache(const CacheView& cache, void* output, int64_t size, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            store_some<DTYPE>(output, row * size + column, count, load_cached<DTYPE>(cache, row, size, column, count));
         });
     }
 }
@@ -285,8 +341,7 @@ template <Float DTYPE>
 void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, int64_t count) {
     const int64_t size = input.layout.head_dim, padded = input.padded_head_dim();
     const int64_t group = queries[0].head / (input.layout.heads / input.layout.kv_heads);
-    const int64_t keys = batch * input.keys.batch_stride + group * input.keys.head_stride;
-    const int64_t values = batch * input.values.batch_stride + group * input.values.head_stride;
+    const int64_t row = input.keys.row(batch, group, 0);
     const int64_t needed = (2 * kChunk + kMaxQueries) * padded;
     float* wide_keys = floats_of_thread(static_cast<size_t>(needed));
     float* wide_values = wide_keys + kChunk * padded;
@@ -296,22 +351,21 @@ void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, 
     for (int64_t q = 0; q < count; ++q) {
         if (queries[q].positions > positions) positions = queries[q].positions;
     }
-    alignas(64) float scores[kChunk];
+    const bool terms_given = input.mask.data || input.bias.data;
+    alignas(64) float scores[kChunk] = {0}, terms[kChunk];
     const int64_t chunk = std::clamp<int64_t>(kChunkValues / padded / 16 * 16, 16, kChunk);
     for (int64_t first = 0; first < positions; first += chunk) {
         const int64_t rows = std::min(positions - first, chunk);
-        widen_rows<DTYPE>(input.keys, keys + first * size, rows, size, padded, wide_keys);
-        widen_rows<DTYPE>(input.values, values + first * size, rows, size, padded, wide_values);
+        widen_rows<DTYPE>(input.keys, row + first, rows, size, padded, wide_keys);
+        widen_rows<DTYPE>(input.values, row + first, rows, size, padded, wide_values);
         for (int64_t q = 0; q < count; ++q) {
             Query& query = queries[q];
             const int64_t visible = query.positions - first < rows ? query.positions - first : rows;
             if (visible <= 0) continue;
+            if (terms_given && !gather_terms(input, batch, query, first, visible, terms)) continue;
             score_chunk(query.values, wide_keys, visible, padded, scores);
-            if (input.mask.data || input.bias.data) {
-                for (int64_t i = 0; i < visible; ++i) {
-                    scores[i] +=
-                        term_at(input.mask, batch, query, first + i) + term_at(input.bias, batch, query, first + i);
-                }
+            if (terms_given) {
+                for (int64_t i = 0; i < kChunk; ++i) scores[i] += terms[i];
             }
             const float shrink = weigh_chunk(query, visible, scores);
             add_values_of_chunk(scores, wide_values, visible, padded, shrink, outputs + q * padded);
@@ -339,7 +393,9 @@ void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int6
         for (int64_t h = head; h < head + count; ++h) {
             const float* values =
                 input.queries + ((batch * input.tokens + token) * input.layout.heads + h) * input.padded_head_dim();
-            queries[filled++] = {values, h, token, input.past + token + 1, -1e38f, 0.0f};
+            // A mask says all that a query may look at; without one it may look back.
+            const int64_t positions = input.past + (input.mask.data ? input.tokens : token + 1);
+            queries[filled++] = {values, h, token, positions, -1e38f, 0.0f};
             if (filled == kMaxQueries) {
                 attend_queries<DTYPE>(input, batch, queries, filled);
                 filled = 0;
@@ -371,10 +427,14 @@ void rotate(const AttentionInput& input, int64_t begin, int64_t end) {
     with_dtype(input.dtype, [&](auto kind) { rotate_tokens<kind()>(input, begin, end); });
 }
 
+void widen(const CacheView& cache, void* output, Float dtype, int64_t head_dim, int64_t begin, int64_t end) {
+    with_dtype(dtype, [&](auto kind) { widen_cache<kind()>(cache, output, head_dim, begin, end); });
+}
+
 void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first, int64_t tokens) {
     with_dtype(input.dtype, [&](auto kind) { attend_heads<kind()>(input, batch, head, count, first, tokens); });
 }
 
-const BlockKernels kernels_of_set = {norm, add, activate, rotate, attend};
+const BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
 
 #undef AUTOQ_VECTOR

@@ -144,6 +144,13 @@ AUTOQ_VECTOR void store(void* data, int64_t index, Lanes lanes) {
     }
 }
 
+AUTOQ_VECTOR Lanes load_bytes(const int8_t* data) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    Bytes bytes;
+    std::memcpy(&bytes, data, 16);
+    return __builtin_convertvector(bytes, Lanes);
+}
+
 // At most sixteen values; the lanes behind `count` are zero.
 template <Float DTYPE>
 AUTOQ_VECTOR Lanes load_some(const void* data, int64_t index, int64_t count) {
