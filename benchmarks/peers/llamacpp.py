@@ -15,6 +15,16 @@ from peers.model import ModelWorker, random_tokens
 _LARGEST_BATCH = 2048  # tokens of one llama_decode; its own default
 
 
+def versions() -> dict[str, str]:
+    """The package's, with what it was compiled for."""
+    features = llama_cpp.llama_print_system_info().decode()
+    enabled = [part.split("=")[0].split(":")[-1].strip() for part in features.split("|") if part.endswith("= 1 ")]
+    return {
+        "llama-cpp-python": f"{version('llama_cpp_python')} ({', '.join(enabled)})",
+        "python": platform.python_version(),
+    }
+
+
 @llama_cpp.llama_log_callback
 def _ignore(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """Drops llama.cpp's log."""
@@ -27,12 +37,7 @@ class LlamaCpp(ModelWorker):
         self._context = None
 
     def versions(self) -> dict[str, str]:
-        features = llama_cpp.llama_print_system_info().decode()
-        enabled = [part.split("=")[0].split(":")[-1].strip() for part in features.split("|") if part.endswith("= 1 ")]
-        return {
-            "llama-cpp-python": f"{version('llama_cpp_python')} ({', '.join(enabled)})",
-            "python": platform.python_version(),
-        }
+        return versions()
 
     def quantize(self, source: str, target: str, kind: str) -> None:
         """Writes a GGUF file with llama.cpp's own quantizer; tensors that are of the kind already stay as they are."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from llama_cpp._ggml import libggml
 
 from peers import q4
+from peers.llamacpp import versions
 from peers.matmul import COLD_ROWS, Kernel, MatmulWorker, copies_beyond, load_weight
 
 _F32, _Q4_0, _Q4_1 = 0, 2, 3  # ggml_type
@@ -167,7 +167,7 @@ class GgmlMatmul(MatmulWorker):
         self._backend = _Backend()
 
     def versions(self) -> dict[str, str]:
-        return {"llama-cpp-python": version("llama_cpp_python")}
+        return versions()
 
     def _kernels(self, folder: Path, cache_bytes: int) -> dict[str, Kernel]:
         kernels = [_GgmlKernel(self._backend, folder, symmetric, cache_bytes) for symmetric in (True, False)]

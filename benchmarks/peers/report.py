@@ -41,6 +41,9 @@ def _heading(results: dict[str, Any]) -> str:
         "of weights and cache that a token reads over its time; `of limit` is their share of the read bandwidth in "
         "the same round. On a machine shared with others both drift, and what caches hold can exceed the limit.",
     ]
+    if results["same_blocks"]:
+        found = ", ".join(f"{kind} {value:.5f}" for kind, value in results["same_blocks"].items())
+        lines.append(f"Correlation of llama.cpp's logits with ours, from the same blocks and a bf16 head: {found}.")
     lines += [f"Left out: {line}." for line in results["left_out"]]
     return "\n\n".join(line for line in lines if line)
 

@@ -7,10 +7,12 @@ nothing but Python, since a worker may run in any environment.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import traceback
@@ -54,7 +56,8 @@ class Worker:
         """Ends the process, which frees its memory."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
 
@@ -62,7 +65,8 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerError(f"its process ended with exit code {self._process.wait()}")
+            code = self._process.wait()
+            raise WorkerError(f"its process ended with {signal.Signals(-code).name if code < 0 else f'code {code}'}")
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(reply["error"])
