@@ -32,7 +32,7 @@ from peers.bench_models import ENGINES, ModelBench
 from shapes import SHAPES
 
 _QUICK = {
-    "shape": "tiny", "layers": None, "rounds": 2, "steps": 3, "depths": [0, 32], "batches": [1, 2], "prompts": [32],
+    "shape": "tiny", "rounds": 2, "steps": 3, "depths": [0, 32], "batches": [1, 2], "prompts": [32],
     "matmuls": ["256x512"], "rows": [1, 16], "output": None,
 }  # fmt: skip
 PACKAGES = ("autoq", "transformers", "llama.cpp", "onnxruntime")
@@ -97,7 +97,8 @@ def _pair(parser: argparse.ArgumentParser, option: str, text: str) -> tuple[str,
 
 def _command() -> str:
     """The command line without paths, which mean nothing elsewhere."""
-    words, skip = [], False
+    words: list[str] = []
+    skip = False
     for word in (part for text in sys.argv[1:] for part in (text.split("=", 1) if text[:2] == "--" else [text])):
         if not skip and word not in ("--work", "--output"):
             words.append(f"{word.partition('=')[0]}=PYTHON" if words[-1:] == ["--python"] else word)

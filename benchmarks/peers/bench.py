@@ -33,7 +33,6 @@ class Bench:
         }
         self._workers: list[Worker] = []
         self._probe = self._start_probe()
-        self._prepare: Worker | None = None
 
     def start(self, name: str, package: str, module: str, cls: str) -> Worker | None:
         """A worker of a package (see --python), or None if what it needs is not there."""
@@ -47,10 +46,8 @@ class Bench:
         return worker
 
     def prepare(self) -> Worker | None:
-        """The worker that writes what the others load, or None if it cannot run."""
-        if self._prepare is None:
-            self._prepare = self.start("all engines", "autoq", "prepare", "Prepare")
-        return self._prepare
+        """A worker that writes what the others load, or None if it cannot run; to be ended, as it needs much memory."""
+        return self.start("all engines", "autoq", "prepare", "Prepare")
 
     def end(self, worker: Worker) -> None:
         self._workers.remove(worker)

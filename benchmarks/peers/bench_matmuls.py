@@ -46,7 +46,7 @@ class MatmulBench:
     def _load(self, workers: dict[str, Worker], folder: Path) -> dict[str, tuple[Worker, int]]:
         """The worker of each kernel, and the bytes of its weight."""
         cache = 0 if self._arguments.quick else _CACHES * machine.last_level_cache()
-        kernels = {}
+        kernels: dict[str, tuple[Worker, int]] = {}
         for worker in workers.values():
             found = worker.call("load", folder=str(folder), cache_bytes=cache)
             kernels |= {name: (worker, size) for name, size in found.items()}

@@ -90,6 +90,7 @@ class ModelBench:
                 self._bench.leave_out("llama.cpp", error)
                 wanted = others
             self._bench.end(llamacpp)
+        self._bench.end(prepare)
         return wanted
 
     def _llamacpp(self, prepare: Worker) -> Worker | None:
@@ -189,8 +190,8 @@ class ModelBench:
         )
         case = {"threads": threads, "prompt": tokens, "limit": limits, "tokens": tokens}
         for name, milliseconds in found.items():
-            written = self._results["engines"][name]["weight_bytes"] + tokens * self._cache_bytes
-            self._results["prefill"].append(case | {"engine": name, "milliseconds": milliseconds, "bytes": written})
+            moved = self._results["engines"][name]["weight_bytes"] + tokens * self._cache_bytes
+            self._results["prefill"].append(case | {"engine": name, "milliseconds": milliseconds, "bytes": moved})
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,8 @@ def write(results: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(results))
-    _plot(results, path.with_suffix(".svg"))
+    if results["decode"] and results["prefill"]:
+        _plot(results, path.with_suffix(".svg"))
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -153,7 +154,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of tokens/s: decode at batch 1, and prefill, with the most threads."""
+    """Bars of tokens/s, where matplotlib is installed: decode at batch 1, and prefill, with the most threads."""
     try:
         import matplotlib
 

@@ -18,6 +18,7 @@ from peers.model import ModelWorker, random_tokens
 class _TorchModel(ModelWorker):
     def __init__(self) -> None:
         torch.set_grad_enabled(False)
+        self._cache: Any = None
 
     def versions(self) -> dict[str, str]:
         return {
