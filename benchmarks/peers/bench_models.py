@@ -140,15 +140,16 @@ class ModelBench:
             if worker is None:
                 continue
             try:
-                loaded = worker.call("load", path=str(folder / engine.file), **options)
+                weight_bytes = worker.call("load", path=str(folder / engine.file), **options)
                 correlation = worker.call("correlation", reference=str(folder / f"{engine.reference}.npz"))
             except WorkerError as error:
                 self._bench.leave_out(name, error)
                 continue
             self._results["engines"][name] = {
                 "file_bytes": sizes[name],
-                "weight_bytes": loaded["weight_bytes"] or self._weight_bytes[engine.file],
-                "loading_peak_memory": loaded["peak_memory"],
+                "weight_bytes": weight_bytes or self._weight_bytes[engine.file],
+                # With the first tokens, since files that are mapped are read only then.
+                "loading_peak_memory": worker.call("memory"),
                 "correlation": correlation,
             }
             workers[name] = worker

@@ -23,7 +23,7 @@ class ModelWorker(ABC):
 
     @abstractmethod
     def _open(self, path: str, **options: Any) -> int | None:
-        """Loads a model; returns the bytes of its weights that a decoded token reads, or None if it does not know."""
+        """See `load`."""
 
     @abstractmethod
     def _logits(self, tokens: list[int]) -> np.ndarray:
@@ -49,12 +49,9 @@ class ModelWorker(ABC):
     def release(self) -> None:
         """Frees the caches."""
 
-    def load(self, path: str, **options: Any) -> dict[str, int | None]:
-        """Loads a model. Returns `weight_bytes`, which a decoded token reads, and `peak_memory` of loading."""
-        weight_bytes = self._open(path, **options)
-        peak = peak_memory()
-        reset_peak_memory()
-        return {"weight_bytes": weight_bytes, "peak_memory": peak}
+    def load(self, path: str, **options: Any) -> int | None:
+        """Loads a model. Returns the bytes of its weights that a decoded token reads, or None if it does not know."""
+        return self._open(path, **options)
 
     def correlation(self, reference: str) -> float:
         """Of this engine's logits with those in a file, over all positions of its prompt."""
@@ -87,8 +84,10 @@ class ModelWorker(ABC):
         return 1000 * (time.perf_counter() - start)
 
     def memory(self) -> int:
-        """Peak memory since the model was loaded, in bytes."""
-        return peak_memory()
+        """Peak memory since the last call, in bytes; of the first call, since the process started."""
+        peak = peak_memory()
+        reset_peak_memory()
+        return peak
 
 
 def random_tokens(count: int, vocabulary: int) -> list[int]:

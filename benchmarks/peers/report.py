@@ -159,6 +159,7 @@ def _plot(results: dict[str, Any], path: Path) -> None:
         import matplotlib
 
         matplotlib.use("svg")
+        matplotlib.rcParams["svg.fonttype"] = "none"  # letters, not their outlines
         from matplotlib import pyplot
     except ImportError:
         return
