@@ -37,7 +37,8 @@ class _OnnxKernel(Kernel):
         for i in range(copies):
             inputs = [f"{name}{i}" for name in self._initializers]
             for name, part in zip(inputs, self._initializers.values(), strict=True):
-                initializers.append(numpy_helper.from_array(part, name))
+                # Of equal weights onnxruntime would keep one, so each copy has its rows in another order.
+                initializers.append(numpy_helper.from_array(np.roll(part, i, axis=0), name))
             nodes.append(
                 helper.make_node(
                     "MatMulNBits", ["x", *inputs], [f"y{i}"], domain="com.microsoft", accuracy_level=accuracy,
