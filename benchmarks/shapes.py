@@ -14,6 +14,10 @@ from autoq.nn.linear import replace_module
 from autoq.quantization.weight import quantize
 
 SHAPES = {
+    "tiny": {  # to try a script
+        "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "vocab_size": 1024, "max_position_embeddings": 512,
+    },
     "tinyllama-1.1b": {
         "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
         "num_hidden_layers": 22, "vocab_size": 32000, "max_position_embeddings": 2048,

@@ -1,0 +1,28 @@
+"""The benchmarks run, on models so small that their figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_cpu_peers_measures_what_is_installed(tmp_path: Path) -> None:
+    output = tmp_path / "peers"
+    command = [sys.executable, BENCHMARKS / "cpu_peers.py", "--quick", "--rounds", "1", "--threads", "1"]
+    subprocess.run([*command, "--output", output, "--work", tmp_path], check=True, timeout=280)
+    results = json.loads(output.with_suffix(".json").read_text())
+    engines = results["engines"]
+    assert {"autoq", "transformers bf16"} <= engines.keys()
+    assert all(engine["correlation"] > 0.9 for engine in engines.values())
+    assert {record["engine"] for record in results["decode"]} == engines.keys()
+    assert {record["engine"] for record in results["prefill"]} == engines.keys()
+    exact = [r["errors"]["gaussian"] for r in results["matmul"] if r["engine"] == "autoq, fp32 activations"]
+    assert exact
+    assert max(exact) < 1e-6
+    text = output.with_suffix(".md").read_text()
+    assert "| autoq |" in text
+    assert str(tmp_path) not in text + json.dumps(results)
