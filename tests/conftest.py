@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from operators import CAPABILITIES, EXTENSION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each set of kernels."""
+    if EXTENSION is None:
+        yield request.param
+        return
+    before = EXTENSION.cpu_capability()
+    EXTENSION.set_cpu_capability(request.param)
+    yield request.param
+    EXTENSION.set_cpu_capability(before)
 
 
 @pytest.fixture
