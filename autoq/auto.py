@@ -17,7 +17,9 @@ from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
 from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
+from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
+from autoq.ops import MODES
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
 from autoq.quantization.report import QuantizationReport
@@ -106,6 +108,7 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype: torch.dtype | str = "auto",
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
+        mode: str = "exact",
         fuse_layers: bool = True,
         kv_cache_bits: int | None = None,
         **hub_options: Any,
@@ -117,6 +120,8 @@ class AutoQForCausalLM(nn.Module):
         device_map: "auto", "balanced", "sequential", a device, or a dict from module names to devices ("disk" among
             them, which keeps the weights in `offload_folder`); max_memory: the bytes each device may hold.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
+        mode: of the linears on a CPU where there are more than 8 rows, as in a prompt: "exact", or "int8", which rounds
+            activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
         fuse_layers: decoder blocks on the CPU run in one native call each, without gradients, and give the same tokens;
             False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
@@ -128,6 +133,8 @@ class AutoQForCausalLM(nn.Module):
         """
         if kv_cache_bits not in (None, 8):
             raise ConfigError(f"kv_cache_bits is {kv_cache_bits!r}; it should be 8, or None for the model's dtype")
+        if mode not in MODES:
+            raise ConfigError(f"mode is {mode!r}; it should be one of {', '.join(map(repr, MODES))}")
         torch_dtype = hub_options.pop("dtype", torch_dtype)
         hub_options = _without_autoawq_options(hub_options, "from_quantized", quant_filename=quant_filename)
         for name in hub_options:
@@ -140,6 +147,9 @@ class AutoQForCausalLM(nn.Module):
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.mode = mode
         if fuse_layers:
             fuse_blocks(model, quantized_cache=kv_cache_bits == 8)
         return cls(model, quant_config)

@@ -65,6 +65,7 @@ class BlockSettings:
     inverted_mask: a boolean mask is true where a query must not look, rather than where it may.
     bits: of q/k/v, output, up and down projection.
     epsilons: of the attention norm, the MLP norm and the norms of query and key heads.
+    int8: whether the linears of many rows run in the mode "int8" of `autoq.ops.linear`.
     scale: factor of the attention scores.
     clip: q, k and v are cut to [-clip, clip]; 0: they are not.
     """
@@ -78,6 +79,7 @@ class BlockSettings:
     rotary: RotaryKind
     inverted_mask: bool
     bits: tuple[int, int, int, int]
+    int8: bool
     epsilons: tuple[float, float, float]
     scale: float
     clip: float
@@ -86,7 +88,7 @@ class BlockSettings:
         """The whole-number settings, in the order of the operator."""
         return [
             *self.heads, int(self.arrangement), int(self.norm), int(self.activation), int(self.gated),
-            self.intermediate, int(self.rotary), int(self.inverted_mask), *self.bits,
+            self.intermediate, int(self.rotary), int(self.inverted_mask), *self.bits, int(self.int8),
         ]  # fmt: skip
 
     def constants(self) -> list[float]:
@@ -99,7 +101,7 @@ class BlockSettings:
         heads, rest = HeadLayout(*integers[:8]), integers[8:]
         return cls(
             heads, Arrangement(rest[0]), NormKind(rest[1]), ActivationKind(rest[2]), bool(rest[3]), rest[4],
-            RotaryKind(rest[5]), bool(rest[6]), (rest[7], rest[8], rest[9], rest[10]),
+            RotaryKind(rest[5]), bool(rest[6]), (rest[7], rest[8], rest[9], rest[10]), bool(rest[11]),
             (constants[0], constants[1], constants[2]), constants[3], constants[4],
         )  # fmt: skip
 
@@ -126,10 +128,13 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: floa
     return (wide + bias.float() if bias.numel() else wide).to(x.dtype)
 
 
-def _project(x: Tensor, tensors: BlockTensors, name: str, bits: int, out_features: int) -> Tensor:
+def _project(
+    x: Tensor, tensors: BlockTensors, settings: BlockSettings, name: str, bits: int, out_features: int
+) -> Tensor:
     packed = ops.PackedWeight(*(getattr(tensors, f"{name}_{leaf}") for leaf in ops.PackedWeight._fields))
     bias = getattr(tensors, f"{name}_bias")
-    return ops.linear(x, packed, bias if bias.numel() else None, bits, out_features)
+    mode = "int8" if settings.int8 else "exact"
+    return ops.linear(x, packed, bias if bias.numel() else None, bits, out_features, mode)
 
 
 def _activate(x: Tensor, kind: ActivationKind) -> Tensor:
@@ -232,13 +237,13 @@ def _attend(
 
 def _mlp(x: Tensor, tensors: BlockTensors, settings: BlockSettings) -> Tensor:
     width = settings.intermediate
-    up = _project(x, tensors, "up", settings.bits[2], 2 * width if settings.gated else width)
+    up = _project(x, tensors, settings, "up", settings.bits[2], 2 * width if settings.gated else width)
     active = _activate(up[..., :width].float(), settings.activation)
     if settings.gated:
         active = active * up[..., width:].float()
     if tensors.activation_scales.numel():
         active = active / tensors.activation_scales.float()
-    return _project(active.to(x.dtype), tensors, "down", settings.bits[3], x.shape[-1])
+    return _project(active.to(x.dtype), tensors, settings, "down", settings.bits[3], x.shape[-1])
 
 
 def _reference(
@@ -252,9 +257,9 @@ def _reference(
         return _norm(x, getattr(parts, name), getattr(parts, f"{name}_bias"), chosen.norm, epsilon)
 
     def attention(x: Tensor) -> Tensor:
-        qkv = _project(x, parts, "qkv", chosen.bits[0], chosen.heads.row_size)
+        qkv = _project(x, parts, chosen, "qkv", chosen.bits[0], chosen.heads.row_size)
         mixed = _attend(qkv, keys, values, key_scales, value_scales, past, cosines, sines, mask, bias, parts, chosen)
-        return _project(mixed, parts, "output", chosen.bits[1], hidden.shape[-1])
+        return _project(mixed, parts, chosen, "output", chosen.bits[1], hidden.shape[-1])
 
     def total(*terms: Tensor) -> Tensor:
         return torch.stack([term.float() for term in terms]).sum(0).to(hidden.dtype)

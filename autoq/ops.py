@@ -29,6 +29,7 @@ from autoq.quantization.weight import SUPPORTED_BITS, QuantizedWeight
 LANES = 16
 UNIT = 32
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("exact", "int8")
 
 # Widths of the planes into which codes are cut; a plane of width w takes w words of a unit.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
@@ -139,7 +140,11 @@ def _check_packed(packed: PackedWeight, bits: int, out_features: int, in_feature
         )
 
 
-def _check_linear(input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int) -> None:
+def _check_linear(
+    input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int, mode: str
+) -> None:
+    if mode not in MODES:
+        raise OperatorError(f"mode is {mode!r} but must be one of {MODES}")
     if input.ndim < 1:
         raise OperatorError("input has no dimension but its last one must be the input features; reshape it")
     if input.dtype not in SUPPORTED_DTYPES:
@@ -274,8 +279,8 @@ def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int,
 
 _library = torch.library.Library("autoq", "DEF")
 _library.define(
-    "linear(Tensor input, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int out_features) "
-    "-> Tensor",
+    "linear(Tensor input, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int bits, int out_features, "
+    "str mode='exact') -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.define(
@@ -302,10 +307,20 @@ def _reference_dequantize(
 
 
 def _reference_linear(
-    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, out_features: int
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    mode: str = "exact",
 ) -> Tensor:
-    """Dequantizes panels of output rows and multiplies with torch, on the CPU in fp32, else in the input's dtype."""
-    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features)
+    """Dequantizes panels of output rows and multiplies with torch, on the CPU in fp32, else in the input's dtype.
+
+    In either mode, since neither the precision nor the time of mode int8 would come of it.
+    """
+    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features, mode)
     in_features = input.shape[-1]
     compute = torch.float32 if input.device.type == "cpu" else input.dtype
     columns = input.to(compute)
@@ -328,14 +343,21 @@ def _fake_dequantize(
 
 
 def _fake_linear(
-    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, out_features: int
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    mode: str = "exact",
 ) -> Tensor:
-    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features)
+    _check_linear(input, PackedWeight(codes, scales, zeros), bias, bits, out_features, mode)
     return input.new_empty((*input.shape[:-1], out_features))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, codes, scales, zeros, _, bits, out_features = inputs
+    input, codes, scales, zeros, _, bits, out_features, _ = inputs
     ctx.save_for_backward(codes, scales, zeros)
     ctx.bits, ctx.out_features, ctx.in_features = bits, out_features, input.shape[-1]
 
@@ -348,7 +370,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_input = grad @ dense
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, ctx.out_features).sum(0)
-    return grad_input, None, None, None, grad_bias, None, None
+    return grad_input, None, None, None, grad_bias, None, None, None
 
 
 _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
@@ -365,25 +387,30 @@ _linear = torch.ops.autoq.linear.default
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
-def linear(input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int) -> Tensor:
+def linear(
+    input: Tensor, packed: PackedWeight, bias: Tensor | None, bits: int, out_features: int, mode: str = "exact"
+) -> Tensor:
     """`input @ W.T + bias` for a packed weight W `[out_features, in]`.
 
     input: fp32, bf16 or fp16 `[..., in]`, any number of rows.
     bias: the input's dtype, `[out_features]`, or None.
+    mode: what becomes of the input where there are more than 8 rows and native kernels. "exact" keeps 13 bits or
+        more of bf16 and fp16 inputs below the largest value of a group, of fp32 inputs 30; "int8" rounds them to 8 bits
+        in blocks of 64, which most processors multiply faster. Up to 8 rows, either keeps at least 22.
 
     Returns `[..., out_features]` in the input's dtype, accumulated in fp32. Differentiable in the input and the bias.
 
-    Raises OperatorError when a tensor has the wrong shape, dtype or device.
+    Raises OperatorError when a tensor has the wrong shape, dtype or device, or when there is no such mode.
     """
     try:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features)
+            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features, mode)
         # Without gradients the autograd layer, which is Python and costs as much as the rest of the call, is skipped.
         with _below_autograd():
-            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features)
+            return _linear(input, packed.codes, packed.scales, packed.zeros, bias, bits, out_features, mode)
     except RuntimeError:
         # The kernels check everything themselves; only when one refuses is the time spent to say what was wrong.
-        _check_linear(input, packed, bias, bits, out_features)
+        _check_linear(input, packed, bias, bits, out_features, mode)
         raise
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
 from transformers import AutoTokenizer
 
@@ -91,7 +92,7 @@ def _measure(
     pairs = zip(rounds["16 bits"], rounds["4 bits"], strict=True)
     return {
         "model": name,
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "prompt_tokens": arguments.prompt,
         "decode_ms": {kind: statistics.median(r.decode_milliseconds for r in found) for kind, found in rounds.items()},
@@ -107,15 +108,6 @@ def _measure(
             "python": platform.python_version(),
         },
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor() or platform.machine()
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -59,6 +59,7 @@ enum Setting {
     kOutputBits,
     kUpBits,
     kDownBits,
+    kInt8,
     kSettings
 };
 
@@ -84,7 +85,8 @@ struct Block {
     Tensor project(const Tensor& input, int place, Setting bits, int64_t out_features) const {
         std::optional<Tensor> bias;
         if (has(place + 3)) bias = tensors[place + 3];
-        return linear(input, tensors[place], tensors[place + 1], tensors[place + 2], bias, setting(bits), out_features);
+        return linear(input, tensors[place], tensors[place + 1], tensors[place + 2], bias, setting(bits), out_features,
+                      setting(kInt8) != 0 ? "int8" : "exact");
     }
 
     cpu::HeadLayout heads() const {

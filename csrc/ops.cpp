@@ -1,48 +1,36 @@
 // The operators on the CPU. Their schemas, their reference in plain torch and their autograd are in autoq/ops.py.
+#include "ops.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
-#include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
-#include "cpu/kernels.h"
-#include "ops.h"
+#include "cpu/dispatch.h"
 
 namespace autoq {
 namespace {
 
-// Up to this many input rows, each is multiplied with the codes directly; more rows are multiplied with panels of
-// dequantized weights. Directly, every row costs the same. Panels cost the dequantization, as much as 10 to 20 rows,
-// and then what torch's matmul costs: in bf16 as much as 15 to 20 rows, and little more for each further row, because
-// matrix units do the work; in fp32 slightly less than the same rows directly. On a Sapphire Rapids class core (4 bits,
-// 4096 x 11008) the lines cross between 28 and 40 rows in bf16, and between 60 and 120 in fp32.
-constexpr int64_t kDirectRowsBFloat16 = 32;
-constexpr int64_t kDirectRowsFloat32 = 64;
+// Up to this many input rows, activations keep 22 bits or more whatever the mode, and each row costs about the same
+// beside the reading of the weight; with more rows, 13 to 15 bits (or 8) and tiles, in which a row costs far less.
+constexpr int64_t kFewRows = 8;
 
-// Panels of about this size stay in the caches between dequantization and multiplication, and are large enough that
-// threads meet rarely.
-constexpr int64_t kPanelBytes = 8 << 20;
+// Rows are made into tiles so many at a time: their results for a panel of outputs lie in the second-level cache, and
+// unpacking the weight again for each part costs a few percent.
+constexpr int64_t kRowsAtATime = 512;
 
 // Below this many multiplications a thread is not worth waking.
 constexpr int64_t kProductsPerThread = 1 << 18;
 
-// Memory that a thread keeps between calls: one token makes hundreds of calls, and none should allocate.
-void* scratch(size_t bytes) {
-    constexpr size_t kAlignment = 64;
-    static thread_local std::unique_ptr<char[]> memory;
-    static thread_local size_t capacity = 0;
-    if (capacity < bytes) {
-        memory.reset();
-        memory.reset(new char[bytes + kAlignment]);
-        capacity = bytes;
-    }
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
-    return reinterpret_cast<void*>((address + kAlignment - 1) & ~(kAlignment - 1));
-}
-
 int64_t grain(int64_t products_per_item) {
     return std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products_per_item));
+}
+
+cpu::Scratch& scratch() {
+    static thread_local cpu::Scratch memory;
+    return memory;
 }
 
 cpu::FixedPointRows fixed_point_rows(const PackedWeight& weight, const cpu::InputRows& input) {
@@ -53,14 +41,14 @@ cpu::FixedPointRows fixed_point_rows(const PackedWeight& weight, const cpu::Inpu
     fixed.blocks = weight.groups * cpu::blocks_per_group(weight);
     const int64_t values = fixed.rows * fixed.halves * fixed.digits * kHalfColumns;
     const int64_t scales = fixed.rows * fixed.blocks;
-    char* memory = static_cast<char*>(scratch(values + 4 * scales * (1 + fixed.digits)));
+    char* memory = scratch().get(values + 4 * scales * (1 + fixed.digits));
     fixed.values = reinterpret_cast<int8_t*>(memory);
     fixed.scales = reinterpret_cast<float*>(memory + values);
     fixed.sums = fixed.scales + scales;
     return fixed;
 }
 
-void multiply_direct(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output) {
+void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output) {
     const cpu::Kernels& kernels = cpu::kernels();
     const cpu::FixedPointRows fixed = fixed_point_rows(weight, input);
     const int64_t columns = weight.units * kUnitColumns;
@@ -72,12 +60,45 @@ void multiply_direct(const PackedWeight& weight, const cpu::InputRows& input, co
         [&](int64_t begin, int64_t end) { kernels.multiply(weight, fixed, output, begin, end); });
 }
 
-// aten::linear.out on two-dimensional tensors.
-void linear_out(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-    std::array<StableIValue, 4> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
-                                      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-    (void)torch::stable::detail::to<Tensor>(stack[0]);
+cpu::ActivationTiles activation_tiles(const PackedWeight& weight, const cpu::InputRows& input, cpu::Mode mode) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const cpu::Rounding rounding = cpu::rounding_of(mode, input.dtype, weight.bits);
+    const cpu::Element element = kernels.element(mode, input.dtype, weight.bits);
+    const bool split = mode == cpu::Mode::kExact && element == cpu::Element::kByte;
+    const int planes = split ? 2 * rounding.words : rounding.words;
+    cpu::ActivationTiles tiles{rounding, element, input.rows, planes, {}, nullptr, nullptr};
+    tiles.blocks = cpu::column_blocks(weight, tiles);
+    const int64_t bytes = tiles.row_tiles() * tiles.tiles() * planes * cpu::kTileBytes;
+    const int64_t parameters = input.rows * tiles.block_count() * rounding.words;
+    char* memory = scratch().get(bytes + parameters * static_cast<int64_t>(sizeof(cpu::RowBlock)));
+    tiles.values = reinterpret_cast<uint8_t*>(memory);
+    tiles.parameters = reinterpret_cast<cpu::RowBlock*>(memory + bytes);
+    return tiles;
+}
+
+void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output,
+                    cpu::Mode mode) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const cpu::ActivationTiles tiles = activation_tiles(weight, input, mode);
+    torch::stable::parallel_for(0, input.rows, grain(weight.in_features * 100), [&](int64_t begin, int64_t end) {
+        kernels.prepare_tiles(weight, input, tiles, begin, end);
+    });
+    torch::stable::parallel_for(
+        0, weight.row_blocks, grain(weight.in_features * kLanes * input.rows),
+        [&](int64_t begin, int64_t end) { kernels.multiply_tiles(weight, tiles, output, begin, end); });
+}
+
+// Many rows, some at a time: equal parts, each a multiple of two tiles but for the last.
+void multiply_many(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output,
+                   int64_t element_bytes, cpu::Mode mode) {
+    const int64_t parts = (input.rows + kRowsAtATime - 1) / kRowsAtATime;
+    const int64_t step = ((input.rows + parts - 1) / parts + 31) / 32 * 32;
+    for (int64_t row = 0; row < input.rows; row += step) {
+        const char* rows = static_cast<const char*>(input.data) + row * weight.in_features * element_bytes;
+        char* results = static_cast<char*>(output.data) + row * output.stride * element_bytes;
+        multiply_tiles(weight, {rows, input.dtype, std::min(step, input.rows - row)},
+                       {results, output.dtype, output.stride, output.bias}, mode);
+    }
 }
 
 void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t first_block, int64_t last_block) {
@@ -91,31 +112,10 @@ void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t fi
         });
 }
 
-// Many rows: the weight is dequantized a panel of output rows at a time, so that memory holds the codes and one panel.
-void multiply_panels(const PackedWeight& weight, const Tensor& input, const std::optional<Tensor>& bias, Tensor& out) {
-    const int64_t row_bytes = weight.in_features * static_cast<int64_t>(input.element_size());
-    const int64_t panel_blocks =
-        std::clamp<int64_t>(kPanelBytes / (row_bytes * kLanes), 1, std::max<int64_t>(1, weight.row_blocks));
-    Tensor panel = torch::stable::new_empty(input, {panel_blocks * kLanes, weight.in_features});
-    for (int64_t block = 0; block < weight.row_blocks; block += panel_blocks) {
-        const int64_t last = std::min(block + panel_blocks, weight.row_blocks);
-        const int64_t first_row = block * kLanes;
-        const int64_t rows = std::min(last * kLanes, weight.out_features) - first_row;
-        dequantize_into(weight, panel, block, last);
-        std::optional<Tensor> panel_bias;
-        if (bias) {
-            Tensor whole = *bias;
-            panel_bias = torch::stable::narrow(whole, 0, first_row, rows);
-        }
-        linear_out(input, torch::stable::narrow(panel, 0, 0, rows), panel_bias,
-                   torch::stable::narrow(out, 1, first_row, rows));
-    }
-}
-
-// The dtype in which panels are multiplied: bf16 only where the processor multiplies it natively, and never fp16, whose
-// products overflow where the exact result does not.
-ScalarType panel_dtype(ScalarType input) {
-    return input == ScalarType::BFloat16 && cpu::has_bf16_units() ? ScalarType::BFloat16 : ScalarType::Float;
+cpu::Mode mode_of(const std::string& name) {
+    STD_TORCH_CHECK(name == "exact" || name == "int8", "autoq::linear: the mode is '", name,
+                    "' but must be 'exact' or 'int8'");
+    return name == "exact" ? cpu::Mode::kExact : cpu::Mode::kInt8;
 }
 
 void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t out_features) {
@@ -130,7 +130,8 @@ void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t 
 }  // namespace
 
 Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-              const std::optional<Tensor>& bias_, int64_t bits, int64_t out_features) {
+              const std::optional<Tensor>& bias_, int64_t bits, int64_t out_features, const std::string& mode_name) {
+    const cpu::Mode mode = mode_of(mode_name);
     STD_TORCH_CHECK(input_.dim() >= 1, "autoq::linear: input must have at least one dimension, the features");
     STD_TORCH_CHECK(input_.is_cpu(), "autoq::linear: input must be on the CPU, as the weight is; move it there");
     const ScalarType dtype = input_.scalar_type();
@@ -149,19 +150,14 @@ Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, c
     Tensor out = torch::stable::new_empty(input, shape);
     const int64_t rows = input.numel() / in_features;
     if (rows == 0) return out;
-    const ScalarType compute = panel_dtype(dtype);
-    if (rows <= (compute == ScalarType::BFloat16 ? kDirectRowsBFloat16 : kDirectRowsFloat32)) {
-        multiply_direct(packed.weight, {input.data_ptr(), float_of(dtype), rows},
-                        {out.data_ptr(), float_of(dtype), out_features, bias ? bias->data_ptr() : nullptr});
-        return out;
+    const cpu::InputRows input_rows{input.data_ptr(), float_of(dtype), rows};
+    const cpu::OutputRows output_rows{out.data_ptr(), float_of(dtype), out_features, bias ? bias->data_ptr() : nullptr};
+    if (rows <= kFewRows) {
+        multiply_few(packed.weight, input_rows, output_rows);
+    } else {
+        multiply_many(packed.weight, input_rows, output_rows, static_cast<int64_t>(input.element_size()), mode);
     }
-    if (bias) bias = torch::stable::to(*bias, compute);
-    const Tensor matrix = torch::stable::to(torch::stable::view(input, {rows, in_features}), compute);
-    Tensor result = compute == dtype ? torch::stable::view(out, {rows, out_features})
-                                     : torch::stable::new_empty(matrix, {rows, out_features});
-    multiply_panels(packed.weight, matrix, bias, result);
-    if (compute == dtype) return out;
-    return torch::stable::view(torch::stable::to(result, dtype), shape);
+    return out;
 }
 
 namespace {

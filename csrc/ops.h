@@ -2,13 +2,14 @@
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include "packed.h"
 
 namespace autoq {
 
-// autoq::linear on the CPU.
+// autoq::linear on the CPU; the mode is "exact" or "int8".
 Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-              const std::optional<Tensor>& bias, int64_t bits, int64_t out_features);
+              const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode);
 
 }  // namespace autoq

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from native import CAPABILITIES, EXTENSION
+from operators import CAPABILITIES, EXTENSION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VARIANTS, VOCABULARY, Variant, quantized
-from native import needs_extension
+from operators import needs_extension
 from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, PreTrainedModel
 
@@ -144,7 +144,7 @@ def arguments(
     chosen = {
         "heads": layout, "arrangement": block_ops.Arrangement.SEQUENTIAL, "norm": block_ops.NormKind.LAYER,
         "activation": block_ops.ActivationKind.SILU, "gated": True, "intermediate": inner,
-        "rotary": block_ops.RotaryKind.HALVES, "inverted_mask": False, "bits": (4, 4, 4, 4),
+        "rotary": block_ops.RotaryKind.HALVES, "inverted_mask": False, "bits": (4, 4, 4, 4), "int8": False,
         "epsilons": (1e-5, 1e-5, 1e-6), "scale": 0.2, "clip": 2.0, **changes,
     }  # fmt: skip
     settings = block_ops.BlockSettings(**chosen)

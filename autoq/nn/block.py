@@ -135,6 +135,7 @@ class _Parts:
             rotary=description.rotary,
             inverted_mask=description.inverted_mask,
             bits=(self.qkv[0].spec.bits, self.output.spec.bits, self.up[0].spec.bits, self.down.spec.bits),
+            int8=self.qkv[0].mode == "int8",
             epsilons=(_epsilon(self.attention_norm), _epsilon(self.mlp_norm), _epsilon(self.query_norm)),
             scale=description.scale or description.heads.head_dim**-0.5,
             clip=description.clip,

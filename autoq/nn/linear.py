@@ -19,6 +19,8 @@ class QuantLinear(nn.Module):
     Input `[..., in_features]` in fp32, bf16 or fp16; output `[..., out_features]` in the same dtype; sums in fp32.
     The gradient reaches the input (so adapters around it can train), not the weight.
 
+    `mode` is that of `autoq.ops.linear`, "exact" or "int8"; it may be set at any time.
+
     Buffers: `codes`, `scales`, `zeros` in the packed layout of `autoq.ops`, and `bias` or None.
     """
 
@@ -30,6 +32,7 @@ class QuantLinear(nn.Module):
     def __init__(self, spec: LinearSpec, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.mode = "exact"
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("zeros", packed.zeros)
@@ -63,7 +66,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return ops.linear(x, self.packed(), bias, self.spec.bits, self.spec.out_features)
+        return ops.linear(x, self.packed(), bias, self.spec.bits, self.spec.out_features, self.mode)
 
     def packed(self) -> PackedWeight:
         """The tensors that the operators take."""

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "dispatch.h"
 
 #define AUTOQ_TARGET __attribute__((target("avx2,fma,f16c")))
 #define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
@@ -51,6 +51,14 @@ AUTOQ_INLINE void store_values(void* data, Float dtype, int64_t index, int64_t c
     for (int64_t i = 0; i < count; ++i) store_float(data, dtype, index + i, lanes[i]);
 }
 
+// Eight outputs of a row, from `first` on, with the bias, leaving out the padding.
+AUTOQ_INLINE void store_results(__m256 result, const PackedWeight& weight, const OutputRows& output, int64_t row,
+                                int64_t first) {
+    const int64_t count = weight.out_features - first;
+    if (output.bias) result = _mm256_add_ps(result, load_values(output.bias, output.dtype, first, count));
+    store_values(output.data, output.dtype, row * output.stride + first, count, result);
+}
+
 AUTOQ_INLINE __m256i load_words(const uint32_t* words) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
 }
@@ -78,20 +86,27 @@ AUTOQ_INLINE __m128i low_bytes(__m256i first, __m256i second) {
     return _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
 }
 
-template <int DIGITS>
-AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
-                                int64_t row, int64_t block, int64_t begin, int64_t end, __m128i order) {
-    __m256 values[2 * kBlockHalves];
+// Halves [begin, end) of one input row as fp32. Returns the magnitudes' largest bits.
+AUTOQ_INLINE uint32_t load_block(const PackedWeight& weight, const InputRows& input, int64_t row, int64_t begin,
+                                 int64_t end, __m256 (&values)[2 * kBlockHalves]) {
     __m256i largest = _mm256_setzero_si256();
-    const int64_t eights = 2 * (end - begin);
-    for (int64_t i = 0; i < eights; ++i) {
+    for (int64_t i = 0; i < 2 * (end - begin); ++i) {
         const int64_t column = begin * kHalfColumns + i * kWidth;
         values[i] =
             load_values(input.data, input.dtype, row * weight.in_features + column, weight.in_features - column);
         const __m256i bits = _mm256_castps_si256(values[i]);
         largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
     }
-    const BlockScale scale = block_scale(largest_lane(largest), DIGITS);
+    return largest_lane(largest);
+}
+
+template <int DIGITS>
+AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                                int64_t row, int64_t block, int64_t begin, int64_t end, const int8_t* columns) {
+    __m256 values[2 * kBlockHalves];
+    const uint32_t largest = load_block(weight, input, row, begin, end, values);
+    const BlockScale scale = block_scale(largest, digit_fraction_bits(DIGITS));
+    const __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns));
     const __m256 to_integer = _mm256_set1_ps(scale.to_integer);
     const __m256i rounding = _mm256_set1_epi32(128);
     __m128i sums[DIGITS];
@@ -114,27 +129,9 @@ AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& inp
     for (int d = 0; d < DIGITS; ++d) fixed.sums[(row * fixed.blocks + block) * DIGITS + d] = sum_of_lanes(sums[d]);
 }
 
-template <int DIGITS>
-AUTOQ_TARGET void prepare_rows(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
-                               int64_t first, int64_t last) {
-    alignas(16) int8_t columns[kHalfColumns];
-    for (int position = 0; position < kHalfColumns; ++position) columns[position] = column_of(weight.bits, position);
-    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(columns));
-    const int64_t halves = weight.group_halves();
-    for (int64_t row = first; row < last; ++row) {
-        int64_t block = 0;
-        for (int64_t begin = 0; begin < weight.groups * halves; begin += halves) {
-            for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
-                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
-                prepare_block<DIGITS>(weight, input, fixed, row, block, begin + half, begin + stop, order);
-            }
-        }
-    }
-}
-
 void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
              int64_t end) {
-    (fixed.digits == 4 ? prepare_rows<4> : prepare_rows<3>)(weight, input, fixed, begin, end);
+    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<3>, weight, input, fixed, begin, end);
 }
 
 // ---- multiplication ----------------------------------------------------------------------------------------------
@@ -251,11 +248,8 @@ AUTOQ_TARGET void multiply_tile(const PackedWeight& weight, const FixedPointRows
                                                zero, scale, result);
         }
     }
-    const int64_t first = row_block * kLanes + lanes;
-    const int64_t count = weight.out_features - first;
     for (int r = 0; r < ROWS; ++r) {
-        if (output.bias) result[r] = _mm256_add_ps(result[r], load_values(output.bias, output.dtype, first, count));
-        store_values(output.data, output.dtype, (row + r) * output.stride + first, count, result[r]);
+        store_results(result[r], weight, output, row + r, row_block * kLanes + lanes);
     }
 }
 
@@ -273,24 +267,172 @@ AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRo
     }
 }
 
-template <int BITS>
-void multiply_bits(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
-                   int64_t end) {
-    (fixed.digits == 4 ? multiply_blocks<BITS, 4> : multiply_blocks<BITS, 3>)(weight, fixed, output, begin, end);
-}
-
 void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
               int64_t end) {
-    switch (weight.bits) {
-        case 2:
-            return multiply_bits<2>(weight, fixed, output, begin, end);
-        case 3:
-            return multiply_bits<3>(weight, fixed, output, begin, end);
-        case 4:
-            return multiply_bits<4>(weight, fixed, output, begin, end);
-        default:
-            return multiply_bits<8>(weight, fixed, output, begin, end);
+    with_bits(weight.bits, [&](auto bits) {
+        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 3>)(weight, fixed, output, begin, end);
+    });
+}
+
+// ---- many rows: activations
+// ------------------------------------------------------------------------------------------
+
+Element element(Mode, Float, int) { return Element::kWord; }
+
+AUTOQ_INLINE float lowest_lane(__m256 lanes) {
+    __m128 four = _mm_min_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    four = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(four, _mm_movehdup_ps(four)));
+}
+
+AUTOQ_INLINE BlockScale tile_scale(const ActivationTiles& tiles, const __m256* values, int64_t halves,
+                                   uint32_t largest_magnitude) {
+    const BlockScale scale = block_scale(largest_magnitude, tiles.rounding.fraction_bits);
+    if (tiles.rounding.mode == Mode::kExact || scale.to_integer == 0.0f) return scale;
+    __m256 least = _mm256_setzero_ps(), negated = _mm256_setzero_ps();
+    for (int64_t i = 0; i < 2 * halves; ++i) {
+        least = _mm256_min_ps(least, values[i]);
+        negated = _mm256_min_ps(negated, _mm256_sub_ps(_mm256_setzero_ps(), values[i]));
     }
+    const ByteScale byte = byte_scale(lowest_lane(least), -lowest_lane(negated));
+    return {byte.to_integer, byte.to_float};
+}
+
+AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
+                                     int64_t row, int64_t index, const int32_t* columns) {
+    __m256 values[2 * kBlockHalves];
+    const ColumnBlock& block = tiles.blocks[index];
+    const int64_t halves = block.end - block.begin;
+    const uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    const BlockScale scale = tile_scale(tiles, values, halves, largest);
+    const __m256 to_integer = _mm256_set1_ps(scale.to_integer);
+    uint8_t* out = tiles.row(row, block);
+    for (int64_t half = 0; half < halves; ++half) {
+        alignas(32) int32_t rest[kHalfColumns];
+        for (int i = 0; i < 2; ++i) {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(rest + i * kWidth),
+                               _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * half + i], to_integer)));
+        }
+        for (int word = 0; word < tiles.rounding.words; ++word) {
+            int16_t words[kHalfColumns];
+            for (int i = 0; i < kHalfColumns; ++i) {
+                words[i] = static_cast<int16_t>(rest[columns[i]] >> (16 * word));
+            }
+            std::memcpy(out + tiles.half_offset(half, word), words, sizeof(words));
+            // What is left above the low word, which has a sign.
+            for (int32_t& value : rest) value += 0x8000;
+        }
+    }
+    RowBlock* parameters = tiles.row_block(row, index);
+    parameters[0] = {scale.to_float, 0.0f, 0};
+    if (tiles.rounding.words == 2) parameters[1] = {scale.to_float * 65536.0f, 0.0f, 0};
+}
+
+void prepare_tiles(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles, int64_t begin,
+                   int64_t end) {
+    prepare_each_tile_block(prepare_tile_block, weight, input, tiles, begin, end);
+}
+
+// ---- many rows: multiplication
+// ---------------------------------------------------------------------------------------
+
+template <int BITS>
+AUTOQ_TARGET void unpack_block(const PackedWeight& weight, const ColumnBlock& block, int64_t row_block, uint8_t* tile,
+                               OutputBlock& output) {
+    const int64_t parameters = (row_block * weight.groups + block.group) * kLanes;
+    for (int lanes = 0; lanes < kLanes; lanes += kWidth) {
+        _mm256_store_ps(output.scales + lanes, load_eight(weight.scales, Float::kFloat16, parameters + lanes));
+        const __m128i zero_bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.zeros + parameters + lanes));
+        __m256i zeros = _mm256_cvtepu8_epi32(zero_bytes);
+        zeros = _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16));
+        uint8_t* out = tile + lanes * 4;
+        for (int64_t half = block.begin; half < block.end; ++half) {
+            __m256i unpacked[4];
+            unpack_half<BITS>(weight.unit(row_block, 0) + lanes, half, unpacked);
+            for (const __m256i& four : unpacked) {
+                const __m256i even = _mm256_and_si256(four, _mm256_set1_epi16(255));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_sub_epi16(even, zeros));
+                const __m256i odd = _mm256_srli_epi16(four, 8);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out + 64), _mm256_sub_epi16(odd, zeros));
+                out += 128;
+            }
+        }
+    }
+}
+
+void unpack_panel(const ActivationTiles& rows, const Panel& panel) {
+    with_bits(panel.weight->bits, [&](auto bits) { unpack_blocks(unpack_block<bits>, rows, panel); });
+}
+
+// One block of columns for `ROWS` rows and 16 outputs, half of them in a register. Two words of a row are broadcast to
+// multiply with two weights of each output.
+template <int ROWS>
+AUTOQ_INLINE void multiply_block(const ActivationTiles& rows, const uint8_t* values, const uint8_t* weights,
+                                 int64_t steps, const RowBlock* of_row, const OutputBlock& output, float* result) {
+    __m256i dots[ROWS][2];
+    for (auto& of_row : dots)
+        for (__m256i& dot : of_row) dot = _mm256_setzero_si256();
+    for (; steps > 0; steps -= 16, values += rows.planes * kTileBytes, weights += kTileBytes) {
+        const int64_t tile_steps = steps < 16 ? steps : 16;
+        for (int64_t step = 0; step < tile_steps; ++step) {
+            const __m256i* words = reinterpret_cast<const __m256i*>(weights + step * 64);
+            const __m256i low = _mm256_load_si256(words), high = _mm256_load_si256(words + 1);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t two;
+                std::memcpy(&two, values + r * 64 + step * 4, 4);
+                const __m256i pair = _mm256_set1_epi32(two);
+                dots[r][0] = _mm256_add_epi32(dots[r][0], _mm256_madd_epi16(pair, low));
+                dots[r][1] = _mm256_add_epi32(dots[r][1], _mm256_madd_epi16(pair, high));
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        const __m256 scale = _mm256_set1_ps(of_row[r * rows.block_count() * rows.rounding.words].scale);
+        for (int i = 0; i < 2; ++i) {
+            float* eight = result + r * kLanes + i * kWidth;
+            const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r][i]), scale);
+            const __m256 scales = _mm256_load_ps(output.scales + i * kWidth);
+            _mm256_store_ps(eight, _mm256_fmadd_ps(value, scales, _mm256_load_ps(eight)));
+        }
+    }
+}
+
+template <int ROWS>
+AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block) {
+    for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
+        const ColumnBlock& block = rows.blocks[i];
+        const uint8_t* values = rows.row(row, block);
+        for (int word = 0; word < rows.rounding.words; ++word) {
+            multiply_block<ROWS>(rows, values + word * kTileBytes, panel.tile(row_block, block), rows.steps(block),
+                                 rows.row_block(row, i) + word, panel.output(row_block, i),
+                                 panel.result(row, row_block));
+        }
+    }
+}
+
+void multiply_panel(const ActivationTiles& rows, const Panel& panel) {
+    for (int64_t row_block = 0; row_block < panel.row_blocks; ++row_block) {
+        int64_t row = 0;
+        for (; row + 4 <= rows.rows; row += 4) multiply_rows<4>(rows, panel, row, row_block);
+        for (; row < rows.rows; ++row) multiply_rows<1>(rows, panel, row, row_block);
+    }
+}
+
+AUTOQ_TARGET void store_panel(const ActivationTiles& rows, const Panel& panel, const OutputRows& output) {
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        for (int64_t i = 0; i < panel.row_blocks; ++i) {
+            for (int lanes = 0; lanes < kLanes; lanes += kWidth) {
+                store_results(_mm256_load_ps(panel.result(row, i) + lanes), *panel.weight, output, row,
+                              (panel.first_row_block + i) * kLanes + lanes);
+            }
+        }
+    }
+}
+
+void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output, int64_t begin,
+                    int64_t end) {
+    multiply_panels({unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
 }
 
 // ---- dequantization ----------------------------------------------------------------------------------------------
@@ -333,56 +475,26 @@ AUTOQ_INLINE void dequantize_group(const PackedWeight& weight, const uint32_t* r
 }
 
 template <int BITS, Float DTYPE>
-AUTOQ_TARGET void dequantize_blocks(const PackedWeight& weight, void* dense, int64_t begin, int64_t end) {
-    const int64_t halves = weight.group_halves();
-    for (int64_t row_block = begin; row_block < end; ++row_block) {
-        const int64_t first = row_block * kLanes;
-        const int64_t rows = weight.out_features - first < kLanes ? weight.out_features - first : kLanes;
-        for (int64_t group = 0; group < weight.groups; ++group) {
-            const int64_t parameters = (row_block * weight.groups + group) * kLanes;
-            // Steps of at most 256 columns, so that the 16 rows find their interleaved words in the first-level cache.
-            for (int64_t half = 0; half < halves; half += kBlockHalves) {
-                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
-                for (int64_t row = 0; row < rows; ++row) {
-                    const int64_t out = (first - begin * kLanes + row) * weight.in_features;
-                    dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out,
-                                                  group * halves + half, group * halves + stop,
-                                                  weight.zeros[parameters + row],
-                                                  _cvtsh_ss(weight.scales[parameters + row]));
-                }
-            }
-        }
-    }
-}
-
-template <int BITS>
-void dequantize_bits(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
-    switch (dtype) {
-        case Float::kFloat32:
-            return dequantize_blocks<BITS, Float::kFloat32>(weight, dense, begin, end);
-        case Float::kBFloat16:
-            return dequantize_blocks<BITS, Float::kBFloat16>(weight, dense, begin, end);
-        default:
-            return dequantize_blocks<BITS, Float::kFloat16>(weight, dense, begin, end);
+AUTOQ_TARGET void dequantize_rows(const PackedWeight& weight, void* dense, int64_t row_block, int64_t rows,
+                                  int64_t group, int64_t begin, int64_t end, int64_t out) {
+    const int64_t parameters = (row_block * weight.groups + group) * kLanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out + row * weight.in_features,
+                                      begin, end, weight.zeros[parameters + row],
+                                      _cvtsh_ss(weight.scales[parameters + row]));
     }
 }
 
 void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
-    switch (weight.bits) {
-        case 2:
-            return dequantize_bits<2>(weight, dense, dtype, begin, end);
-        case 3:
-            return dequantize_bits<3>(weight, dense, dtype, begin, end);
-        case 4:
-            return dequantize_bits<4>(weight, dense, dtype, begin, end);
-        default:
-            return dequantize_bits<8>(weight, dense, dtype, begin, end);
-    }
+    with_bits(weight.bits, [&](auto bits) {
+        with_dtype(dtype,
+                   [&](auto type) { dequantize_blocks(dequantize_rows<bits, type>, weight, dense, begin, end); });
+    });
 }
 
 }  // namespace
 
-const Kernels avx2_kernels = {prepare, multiply, dequantize};
+const Kernels avx2_kernels = {prepare, multiply, element, prepare_tiles, multiply_tiles, dequantize};
 
 }  // namespace autoq::cpu
 

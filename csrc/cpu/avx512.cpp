@@ -7,7 +7,8 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "kernels.h"
+#include "avx512.h"
+#include "dispatch.h"
 
 #define AUTOQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
@@ -47,13 +48,16 @@ AUTOQ_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// ---- activations -------------------------------------------------------------------------------------------------
-
-AUTOQ_INLINE __m128i column_order(int bits) {
-    alignas(16) int8_t order[kHalfColumns];
-    for (int position = 0; position < kHalfColumns; ++position) order[position] = column_of(bits, position);
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(order));
+// Sixteen outputs of a row, with the bias, leaving out the padding.
+AUTOQ_INLINE void store_results(__m512 result, const PackedWeight& weight, const OutputRows& output, int64_t row,
+                                int64_t row_block) {
+    const int64_t first = row_block * kLanes;
+    const __mmask16 mask = first_lanes(weight.out_features - first);
+    if (output.bias) result = _mm512_add_ps(result, load_values(output.bias, output.dtype, first, mask));
+    store_values(output.data, output.dtype, row * output.stride + first, mask, result);
 }
+
+// ---- activations -------------------------------------------------------------------------------------------------
 
 AUTOQ_INLINE float sum_of_lanes(__m128i lanes) {
     lanes = _mm_add_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
@@ -61,10 +65,9 @@ AUTOQ_INLINE float sum_of_lanes(__m128i lanes) {
     return static_cast<float>(_mm_cvtsi128_si32(lanes));
 }
 
-template <int DIGITS>
-AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
-                                int64_t row, int64_t block, int64_t begin, int64_t end, __m128i order) {
-    __m512 values[kBlockHalves];
+// Halves [begin, end) of one input row as fp32. Returns the magnitudes' largest bits.
+AUTOQ_INLINE uint32_t load_block(const PackedWeight& weight, const InputRows& input, int64_t row, int64_t begin,
+                                 int64_t end, __m512 (&values)[kBlockHalves]) {
     __m512i largest = _mm512_setzero_si512();
     for (int64_t half = begin; half < end; ++half) {
         const int64_t column = half * kHalfColumns;
@@ -74,7 +77,16 @@ AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& inp
         largest = _mm512_max_epu32(largest, magnitude);
         values[half - begin] = value;
     }
-    const BlockScale scale = block_scale(_mm512_reduce_max_epu32(largest), DIGITS);
+    return _mm512_reduce_max_epu32(largest);
+}
+
+template <int DIGITS>
+AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
+                                int64_t row, int64_t block, int64_t begin, int64_t end, const int8_t* columns) {
+    __m512 values[kBlockHalves];
+    const uint32_t largest = load_block(weight, input, row, begin, end, values);
+    const BlockScale scale = block_scale(largest, digit_fraction_bits(DIGITS));
+    const __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns));
     const __m512 to_integer = _mm512_set1_ps(scale.to_integer);
     __m128i sums[DIGITS];
     for (int d = 0; d < DIGITS; ++d) sums[d] = _mm_setzero_si128();
@@ -91,27 +103,6 @@ AUTOQ_INLINE void prepare_block(const PackedWeight& weight, const InputRows& inp
     }
     fixed.scales[row * fixed.blocks + block] = scale.to_float;
     for (int d = 0; d < DIGITS; ++d) fixed.sums[(row * fixed.blocks + block) * DIGITS + d] = sum_of_lanes(sums[d]);
-}
-
-template <int DIGITS>
-AUTOQ_TARGET void prepare_rows(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
-                               int64_t first, int64_t last) {
-    const __m128i order = column_order(weight.bits);
-    const int64_t halves = weight.group_halves();
-    for (int64_t row = first; row < last; ++row) {
-        int64_t block = 0;
-        for (int64_t begin = 0; begin < weight.groups * halves; begin += halves) {
-            for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
-                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
-                prepare_block<DIGITS>(weight, input, fixed, row, block, begin + half, begin + stop, order);
-            }
-        }
-    }
-}
-
-void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
-             int64_t end) {
-    (fixed.digits == 4 ? prepare_rows<4> : prepare_rows<3>)(weight, input, fixed, begin, end);
 }
 
 // ---- multiplication ----------------------------------------------------------------------------------------------
@@ -230,12 +221,7 @@ AUTOQ_TARGET void multiply_tile(const PackedWeight& weight, const FixedPointRows
                                                zero, scale, result);
         }
     }
-    const int64_t first = row_block * kLanes;
-    const __mmask16 mask = first_lanes(weight.out_features - first);
-    for (int r = 0; r < ROWS; ++r) {
-        if (output.bias) result[r] = _mm512_add_ps(result[r], load_values(output.bias, output.dtype, first, mask));
-        store_values(output.data, output.dtype, (row + r) * output.stride + first, mask, result[r]);
-    }
+    for (int r = 0; r < ROWS; ++r) store_results(result[r], weight, output, row + r, row_block);
 }
 
 template <int BITS, int DIGITS>
@@ -252,24 +238,223 @@ AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRo
     }
 }
 
-template <int BITS>
-void multiply_bits(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
-                   int64_t end) {
-    (fixed.digits == 4 ? multiply_blocks<BITS, 4> : multiply_blocks<BITS, 3>)(weight, fixed, output, begin, end);
+// ---- many rows: activations
+// ------------------------------------------------------------------------------------------
+
+Element element(Mode mode, Float, int) { return mode == Mode::kExact ? Element::kWord : Element::kByte; }
+
+// What makes the values of a block integers.
+struct TileScale {
+    float to_integer, to_float;
+    int32_t zero_point;
+};
+
+AUTOQ_INLINE TileScale tile_scale(const ActivationTiles& tiles, const __m512* values, int64_t halves,
+                                  uint32_t largest_magnitude) {
+    const BlockScale scale = block_scale(largest_magnitude, tiles.rounding.fraction_bits);
+    if (tiles.rounding.mode == Mode::kExact || scale.to_integer == 0.0f) return {scale.to_integer, scale.to_float, 0};
+    __m512 least = _mm512_setzero_ps(), largest = _mm512_setzero_ps();
+    for (int64_t half = 0; half < halves; ++half) {
+        least = _mm512_min_ps(least, values[half]);
+        largest = _mm512_max_ps(largest, values[half]);
+    }
+    const ByteScale byte = byte_scale(_mm512_reduce_min_ps(least), _mm512_reduce_max_ps(largest));
+    return {byte.to_integer, byte.to_float, byte.zero_point};
 }
 
-void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
-              int64_t end) {
-    switch (weight.bits) {
-        case 2:
-            return multiply_bits<2>(weight, fixed, output, begin, end);
-        case 3:
-            return multiply_bits<3>(weight, fixed, output, begin, end);
-        case 4:
-            return multiply_bits<4>(weight, fixed, output, begin, end);
-        default:
-            return multiply_bits<8>(weight, fixed, output, begin, end);
+AUTOQ_INLINE void store_bytes(uint8_t* out, __m512i values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(values));
+}
+
+AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
+                                     int64_t row, int64_t index, const int32_t* columns) {
+    __m512 values[kBlockHalves];
+    const ColumnBlock& block = tiles.blocks[index];
+    const int64_t halves = block.end - block.begin;
+    const uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    const TileScale scale = tile_scale(tiles, values, halves, largest);
+    const __m512i order = _mm512_loadu_si512(columns), zero_point = _mm512_set1_epi32(scale.zero_point);
+    __m512i sums[kMaxWords] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    uint8_t* out = tiles.row(row, block);
+    for (int64_t half = 0; half < halves; ++half) {
+        const __m512 scaled = _mm512_mul_ps(values[half], _mm512_set1_ps(scale.to_integer));
+        __m512i rest = _mm512_permutexvar_epi32(order, _mm512_cvtps_epi32(scaled));
+        for (int word = 0; word < tiles.rounding.words; ++word) {
+            sums[word] = _mm512_add_epi32(sums[word], _mm512_srai_epi32(_mm512_slli_epi32(rest, 16), 16));
+            if (tiles.element == Element::kBFloat16) {
+                const __m512 rounded = _mm512_mul_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(scale.to_float));
+                const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(rounded), 16);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + tiles.half_offset(half, word)),
+                                    _mm512_cvtepi32_epi16(bits));
+            } else if (tiles.element == Element::kWord) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + tiles.half_offset(half, word)),
+                                    _mm512_cvtepi32_epi16(rest));
+            } else if (tiles.rounding.mode == Mode::kExact) {
+                store_bytes(out + tiles.half_offset(half, 2 * word), rest);
+                store_bytes(out + tiles.half_offset(half, 2 * word + 1), _mm512_srli_epi32(rest, 8));
+            } else {
+                store_bytes(out + tiles.half_offset(half, word), _mm512_add_epi32(rest, zero_point));
+            }
+            // (rest - word) / 65536, the word being the low half with its sign
+            rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(0x8000)), 16);
+        }
     }
+    if (tiles.element == Element::kBFloat16 && halves % 2 == 1) {
+        // What is multiplied by the zeros that fill a tile must not be NaN.
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + tiles.half_offset(halves, 0)), _mm256_setzero_si256());
+    }
+    RowBlock* parameters = tiles.row_block(row, index);
+    const float zero = static_cast<float>(scale.zero_point);
+    parameters[0] = {scale.to_float, zero, _mm512_reduce_add_epi32(sums[0])};
+    if (tiles.rounding.words == 2) parameters[1] = {scale.to_float * 65536.0f, zero, _mm512_reduce_add_epi32(sums[1])};
+}
+
+// ---- many rows: multiplication
+// ---------------------------------------------------------------------------------------
+
+// The integers from -16 to 15 as bf16, to be looked up by their low five bits.
+AUTOQ_INLINE __m512i signed_integers_as_bf16() {
+    alignas(64) uint16_t table[32];
+    for (int i = 0; i < 32; ++i) {
+        const float value = static_cast<float>(i < 16 ? i : i - 32);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        table[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    return _mm512_load_si512(table);
+}
+
+// One block of columns of 16 outputs as tiles.
+template <int BITS, Element ELEMENT>
+AUTOQ_TARGET void unpack_block(const PackedWeight& weight, const ColumnBlock& block, int64_t row_block, uint8_t* tile,
+                               OutputBlock& output) {
+    const uint32_t* codes = weight.unit(row_block, 0);
+    const int64_t parameters = (row_block * weight.groups + block.group) * kLanes;
+    const __m128i zero_bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.zeros + parameters));
+    const __m512i zeros = _mm512_cvtepu8_epi32(zero_bytes);
+    _mm512_store_ps(output.scales, load_values(weight.scales, Float::kFloat16, parameters, 0xffff));
+    // What is subtracted from every code: its zero, except that differences of 8-bit codes need nine bits.
+    constexpr bool kShifted = ELEMENT == Element::kByte && BITS == 8;
+    __m512i centre = kShifted ? _mm512_set1_epi32(128) : zeros;
+    if (kShifted) _mm512_store_si512(output.shifts, _mm512_sub_epi32(centre, zeros));
+    centre = _mm512_or_si512(centre, _mm512_slli_epi32(centre, 16));
+    if (ELEMENT == Element::kByte) centre = _mm512_or_si512(centre, _mm512_slli_epi32(centre, 8));
+    const __m512i table = signed_integers_as_bf16();
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t half = block.begin; half < block.end; ++half) {
+        __m512i unpacked[4];
+        prefetch_half<BITS>(codes, half);
+        unpack_half<BITS>(codes, half, unpacked);
+        for (const __m512i& four : unpacked) {
+            if constexpr (ELEMENT == Element::kByte) {
+                const __m512i bytes = _mm512_sub_epi8(four, centre);
+                sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), bytes);
+                _mm512_store_si512(tile, bytes);
+            } else {
+                __m512i even = _mm512_sub_epi16(_mm512_and_si512(four, _mm512_set1_epi16(255)), centre);
+                __m512i odd = _mm512_sub_epi16(_mm512_srli_epi16(four, 8), centre);
+                if constexpr (ELEMENT == Element::kBFloat16) {
+                    even = _mm512_permutexvar_epi16(even, table);
+                    odd = _mm512_permutexvar_epi16(odd, table);
+                }
+                _mm512_store_si512(tile, even);
+                tile += 64;
+                _mm512_store_si512(tile, odd);
+            }
+            tile += 64;
+        }
+    }
+    if constexpr (ELEMENT == Element::kByte) _mm512_store_ps(output.sums, _mm512_cvtepi32_ps(sums));
+    if constexpr (ELEMENT != Element::kWord) {
+        int64_t rows = (block.end - block.begin) * (ELEMENT == Element::kByte ? 4 : 8);
+        // Matrix units multiply whole tiles.
+        for (; rows % kTileRows != 0; ++rows, tile += 64) _mm512_store_si512(tile, _mm512_setzero_si512());
+    }
+}
+
+// The integer sums of a block for `ROWS` rows and 16 * `COLUMNS` outputs. Four bytes of a row, two words or four bytes,
+// are broadcast to multiply with as many weights of each of 16 outputs.
+template <Element ELEMENT, int ROWS, int COLUMNS>
+AUTOQ_INLINE void dot_tiles(const uint8_t* values, int64_t value_tile, const uint8_t* weights, int64_t steps,
+                            __m512i (&dots)[ROWS][COLUMNS]) {
+    for (auto& of_row : dots)
+        for (__m512i& dot : of_row) dot = _mm512_setzero_si512();
+    for (; steps > 0; steps -= 16, values += value_tile, weights += kTileBytes) {
+        const int64_t tile_steps = steps < 16 ? steps : 16;
+        for (int64_t step = 0; step < tile_steps; ++step) {
+            __m512i four[COLUMNS];
+            for (int c = 0; c < COLUMNS; ++c) {
+                four[c] = _mm512_load_si512(weights + c * kSliceTiles * kTileBytes + step * 64);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t of_row;
+                std::memcpy(&of_row, values + r * 64 + step * 4, 4);
+                for (int c = 0; c < COLUMNS; ++c) {
+                    dots[r][c] = ELEMENT == Element::kByte
+                                     ? _mm512_dpbusd_epi32(dots[r][c], _mm512_set1_epi32(of_row), four[c])
+                                     : _mm512_dpwssd_epi32(dots[r][c], _mm512_set1_epi32(of_row), four[c]);
+                }
+            }
+        }
+    }
+}
+
+template <Element ELEMENT, int ROWS, int COLUMNS>
+AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block) {
+    for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
+        const ColumnBlock& block = rows.blocks[i];
+        const uint8_t* values = rows.row(row, block);
+        const bool shifted = ELEMENT == Element::kByte && panel.weight->bits == 8;
+        for (int word = 0; word < rows.rounding.words; ++word) {
+            __m512i dots[ROWS][COLUMNS];
+            dot_tiles<ELEMENT>(values + word * kTileBytes, rows.planes * kTileBytes, panel.tile(row_block, block),
+                               rows.steps(block), dots);
+            for (int r = 0; r < ROWS; ++r) {
+                const RowBlock& of_row = rows.row_block(row + r, i)[word];
+                for (int c = 0; c < COLUMNS; ++c) {
+                    const OutputBlock& output = panel.output(row_block + c, i);
+                    if (shifted) {
+                        const __m512i shifts = _mm512_load_si512(output.shifts);
+                        dots[r][c] =
+                            _mm512_add_epi32(dots[r][c], _mm512_mullo_epi32(shifts, _mm512_set1_epi32(of_row.sum)));
+                    }
+                    __m512 value = _mm512_cvtepi32_ps(dots[r][c]);
+                    if (ELEMENT == Element::kByte) {
+                        value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row.zero_point), _mm512_load_ps(output.sums), value);
+                    }
+                    value = _mm512_mul_ps(value, _mm512_set1_ps(of_row.scale));
+                    float* result = panel.result(row + r, row_block + c);
+                    const __m512 scales = _mm512_load_ps(output.scales);
+                    _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, _mm512_load_ps(result)));
+                }
+            }
+        }
+    }
+}
+
+template <Element ELEMENT, int COLUMNS>
+void multiply_columns(const ActivationTiles& rows, const Panel& panel, int64_t row_block) {
+    int64_t row = 0;
+    for (; row + 8 <= rows.rows; row += 8) multiply_rows<ELEMENT, 8, COLUMNS>(rows, panel, row, row_block);
+    for (; row + 3 <= rows.rows && row % 8 <= 5; row += 3) {
+        multiply_rows<ELEMENT, 3, COLUMNS>(rows, panel, row, row_block);
+    }
+    for (; row < rows.rows; ++row) multiply_rows<ELEMENT, 1, COLUMNS>(rows, panel, row, row_block);
+}
+
+template <Element ELEMENT>
+void multiply_panel(const ActivationTiles& rows, const Panel& panel) {
+    int64_t row_block = 0;
+    for (; row_block + 2 <= panel.row_blocks; row_block += 2) multiply_columns<ELEMENT, 2>(rows, panel, row_block);
+    if (row_block < panel.row_blocks) multiply_columns<ELEMENT, 1>(rows, panel, row_block);
+}
+
+void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output, int64_t begin,
+                    int64_t end) {
+    const bool bytes = tiles.element == Element::kByte;
+    const auto multiply = bytes ? multiply_panel<Element::kByte> : multiply_panel<Element::kWord>;
+    multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
 }
 
 // ---- dequantization ----------------------------------------------------------------------------------------------
@@ -332,56 +517,65 @@ AUTOQ_INLINE void dequantize_group(const PackedWeight& weight, const uint32_t* r
 }
 
 template <int BITS, Float DTYPE>
-AUTOQ_TARGET void dequantize_blocks(const PackedWeight& weight, void* dense, int64_t begin, int64_t end) {
-    const int64_t halves = weight.group_halves();
-    for (int64_t row_block = begin; row_block < end; ++row_block) {
-        const int64_t first = row_block * kLanes;
-        const int64_t rows = weight.out_features - first < kLanes ? weight.out_features - first : kLanes;
-        for (int64_t group = 0; group < weight.groups; ++group) {
-            const int64_t parameters = (row_block * weight.groups + group) * kLanes;
-            // Steps of at most 256 columns, so that the 16 rows find their interleaved words in the first-level cache.
-            for (int64_t half = 0; half < halves; half += kBlockHalves) {
-                const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
-                for (int64_t row = 0; row < rows; ++row) {
-                    const int64_t out = (first - begin * kLanes + row) * weight.in_features;
-                    dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out,
-                                                  group * halves + half, group * halves + stop,
-                                                  weight.zeros[parameters + row],
-                                                  _cvtsh_ss(weight.scales[parameters + row]));
-                }
-            }
-        }
-    }
-}
-
-template <int BITS>
-void dequantize_bits(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
-    switch (dtype) {
-        case Float::kFloat32:
-            return dequantize_blocks<BITS, Float::kFloat32>(weight, dense, begin, end);
-        case Float::kBFloat16:
-            return dequantize_blocks<BITS, Float::kBFloat16>(weight, dense, begin, end);
-        default:
-            return dequantize_blocks<BITS, Float::kFloat16>(weight, dense, begin, end);
-    }
-}
-
-void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
-    switch (weight.bits) {
-        case 2:
-            return dequantize_bits<2>(weight, dense, dtype, begin, end);
-        case 3:
-            return dequantize_bits<3>(weight, dense, dtype, begin, end);
-        case 4:
-            return dequantize_bits<4>(weight, dense, dtype, begin, end);
-        default:
-            return dequantize_bits<8>(weight, dense, dtype, begin, end);
+AUTOQ_TARGET void dequantize_rows(const PackedWeight& weight, void* dense, int64_t row_block, int64_t rows,
+                                  int64_t group, int64_t begin, int64_t end, int64_t out) {
+    const int64_t parameters = (row_block * weight.groups + group) * kLanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        dequantize_group<BITS, DTYPE>(weight, weight.unit(row_block, 0) + row, dense, out + row * weight.in_features,
+                                      begin, end, weight.zeros[parameters + row],
+                                      _cvtsh_ss(weight.scales[parameters + row]));
     }
 }
 
 }  // namespace
 
-const Kernels avx512_kernels = {prepare, multiply, dequantize};
+void prepare_avx512(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
+                    int64_t end) {
+    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<3>, weight, input, fixed, begin, end);
+}
+
+void prepare_tiles_avx512(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
+                          int64_t begin, int64_t end) {
+    prepare_each_tile_block(prepare_tile_block, weight, input, tiles, begin, end);
+}
+
+void unpack_panel_avx512(const ActivationTiles& rows, const Panel& panel) {
+    with_bits(panel.weight->bits, [&](auto bits) {
+        switch (rows.element) {
+            case Element::kByte:
+                return unpack_blocks(unpack_block<bits, Element::kByte>, rows, panel);
+            case Element::kWord:
+                return unpack_blocks(unpack_block<bits, Element::kWord>, rows, panel);
+            default:
+                return unpack_blocks(unpack_block<bits, Element::kBFloat16>, rows, panel);
+        }
+    });
+}
+
+AUTOQ_TARGET void store_panel_avx512(const ActivationTiles& rows, const Panel& panel, const OutputRows& output) {
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        for (int64_t i = 0; i < panel.row_blocks; ++i) {
+            store_results(_mm512_load_ps(panel.result(row, i)), *panel.weight, output, row, panel.first_row_block + i);
+        }
+    }
+}
+
+void multiply_avx512(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
+                     int64_t end) {
+    with_bits(weight.bits, [&](auto bits) {
+        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 3>)(weight, fixed, output, begin, end);
+    });
+}
+
+void dequantize_avx512(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
+    with_bits(weight.bits, [&](auto bits) {
+        with_dtype(dtype,
+                   [&](auto type) { dequantize_blocks(dequantize_rows<bits, type>, weight, dense, begin, end); });
+    });
+}
+
+const Kernels avx512_kernels = {prepare_avx512,       multiply_avx512, element,
+                                prepare_tiles_avx512, multiply_tiles,  dequantize_avx512};
 
 }  // namespace autoq::cpu
 

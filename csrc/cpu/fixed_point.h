@@ -1,4 +1,4 @@
-// Activations as exact integers, so that a dot product with integer codes is integer arithmetic.
+// Few rows: activations as exact integers, so that a dot product with integer codes is integer arithmetic.
 //
 // A block of at most 256 columns of one input row shares a power-of-two scale, and each value becomes a fixed-point
 // integer, cut into signed base-256 digits:
@@ -30,7 +30,7 @@ constexpr int64_t kBlockHalves = 16;  // halves in a block at most: 256 columns
 constexpr int kMaxDigits = 4;
 
 inline int digits_for(Float dtype) { return dtype == Float::kFloat32 ? 4 : 3; }
-inline int fraction_bits(int digits) { return digits == 4 ? 30 : 22; }
+inline int digit_fraction_bits(int digits) { return digits == 4 ? 30 : 22; }
 
 // Input rows, row-major and contiguous.
 struct InputRows {
@@ -103,20 +103,21 @@ inline void store_float(void* data, Float dtype, int64_t index, float value) {
 
 inline float half_to_float(uint16_t bits) { return c10::Half(bits, c10::Half::from_bits()); }
 
-// The power of two that turns the values of a block into integers, and its inverse, from the largest magnitude.
+// The power of two that turns the values of a block into integers below 2^fraction_bits, and its inverse, from the
+// largest magnitude.
 struct BlockScale {
     float to_integer;
     float to_float;
 };
 
-inline BlockScale block_scale(uint32_t largest_magnitude_bits, int digits) {
+inline BlockScale block_scale(uint32_t largest_magnitude_bits, int fraction_bits) {
     // An infinite or NaN value has no fixed-point form: the block's products become NaN.
     if (largest_magnitude_bits >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
     // The magnitude is below 2^exponent. The clamp keeps both powers of two normal numbers; what it cuts off is below
     // 2^-118.
     int exponent = static_cast<int>(largest_magnitude_bits >> 23) - 126;
     if (exponent < -96) exponent = -96;
-    const int shift = fraction_bits(digits) - exponent;
+    const int shift = fraction_bits - exponent;
     const uint32_t up = static_cast<uint32_t>(127 + shift) << 23;
     const uint32_t down = static_cast<uint32_t>(127 - shift) << 23;
     BlockScale scale;

@@ -6,16 +6,23 @@
 #include <vector>
 
 #include "fixed_point.h"
+#include "tiles.h"
 
 namespace autoq::cpu {
 
 struct Kernels {
-    // Fills rows [begin, end) of `fixed` from the input.
+    // Few rows: fills rows [begin, end) of `fixed` from the input.
     void (*prepare)(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
                     int64_t end);
     // Multiplies all rows with the weight's row blocks [begin, end).
     void (*multiply)(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
                      int64_t end);
+    // Many rows: what it wants in the tiles, and the same two steps.
+    Element (*element)(Mode mode, Float dtype, int bits);
+    void (*prepare_tiles)(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
+                          int64_t begin, int64_t end);
+    void (*multiply_tiles)(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output,
+                           int64_t begin, int64_t end);
     // Writes row blocks [begin, end) as dense rows; row `begin * 16` of the weight is the first row at `dense`.
     void (*dequantize)(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end);
 };
@@ -24,11 +31,11 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
 #endif
 
 // Name by name what the processor has, of the features that the kernels or their choice depend on.
 std::vector<std::pair<std::string, bool>> features();
-bool has_bf16_units();
 
 std::vector<std::string> capabilities();  // that this processor can run, worst first
 std::string capability();

@@ -1,0 +1,218 @@
+// The kernels for processors with matrix units (Intel AMX). Few rows, and everything around the products, are the
+// AVX-512 kernels'.
+//
+// An instruction multiplies a tile of 16 rows of activations with one of 16 outputs' weights, 64 columns of bytes or 32
+// of bf16, in 16 cycles. Four tiles of sums stay in registers, two of activations times two of weights.
+#if defined(__x86_64__)
+
+// GCC warns of the undefined values inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "avx512.h"
+#include "dispatch.h"
+
+#define AUTOQ_TARGET \
+    __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
+
+namespace autoq::cpu {
+namespace {
+
+// The eight tile registers, each with 16 rows of 64 bytes.
+struct alignas(64) TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {0};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr int kSums = 4;  // tile registers 0 to 3
+
+struct alignas(64) Sums {
+    int32_t of[kSums][kTileRows][kLanes];  // [2 * column + activation]
+};
+
+// What a pair of tiles of activations is.
+enum class Pair {
+    kWord,      // the low (unsigned) and high (signed) bytes of the words of 16 rows
+    kByte,      // the bytes of 32 rows, mode int8
+    kBFloat16,  // the words of 32 rows as bf16: half the products for an instruction, but one tile of sums, not two,
+                // which are results but for the scales of the outputs
+};
+
+// Tile registers are named by literals: the intrinsics paste them into the instruction's text.
+#define AUTOQ_MULTIPLY_TILES(sums, values, weights)              \
+    if constexpr (PAIR == Pair::kBFloat16) {                     \
+        _tile_dpbf16ps(sums, values, weights);                   \
+    } else if constexpr (PAIR == Pair::kWord && (values) == 5) { \
+        _tile_dpbssd(sums, values, weights);                     \
+    } else {                                                     \
+        _tile_dpbusd(sums, values, weights);                     \
+    }
+
+// The sums of a block. `values` and `second` are the first tiles of the two of activations; `stride` bytes lie between
+// one tile of each and the next.
+template <Pair PAIR, bool SECOND, int COLUMNS>
+AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* second, int64_t stride, const uint8_t* weights,
+                            int64_t tiles) {
+    _tile_zero(0);
+    if constexpr (SECOND) _tile_zero(1);
+    if constexpr (COLUMNS == 2) _tile_zero(2);
+    if constexpr (SECOND && COLUMNS == 2) _tile_zero(3);
+    for (int64_t i = 0; i < tiles; ++i) {
+        _tile_loadd(6, weights + i * kTileBytes, 64);
+        _tile_loadd(4, values + i * stride, 64);
+        AUTOQ_MULTIPLY_TILES(0, 4, 6)
+        if constexpr (SECOND) {
+            _tile_loadd(5, second + i * stride, 64);
+            AUTOQ_MULTIPLY_TILES(1, 5, 6)
+        }
+        if constexpr (COLUMNS == 2) {
+            _tile_loadd(7, weights + (kSliceTiles + i) * kTileBytes, 64);
+            AUTOQ_MULTIPLY_TILES(2, 4, 7)
+            if constexpr (SECOND) {
+                AUTOQ_MULTIPLY_TILES(3, 5, 7)
+            }
+        }
+    }
+}
+
+template <bool SECOND, int COLUMNS>
+AUTOQ_INLINE void store_tiles(Sums& sums) {
+    _tile_stored(0, sums.of[0], 64);
+    if constexpr (SECOND) _tile_stored(1, sums.of[1], 64);
+    if constexpr (COLUMNS == 2) _tile_stored(2, sums.of[2], 64);
+    if constexpr (SECOND && COLUMNS == 2) _tile_stored(3, sums.of[3], 64);
+}
+
+#undef AUTOQ_MULTIPLY_TILES
+
+// Adds what a block and word give 16 outputs of `count` rows.
+template <Pair PAIR, bool SHIFTED>
+AUTOQ_INLINE void add_results(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t count,
+                              int64_t row_block, int64_t index, int word, const int32_t (*sums)[kLanes]) {
+    const OutputBlock& output = panel.output(row_block, index);
+    const __m512 scales = _mm512_load_ps(output.scales), weight_sums = _mm512_load_ps(output.sums);
+    const RowBlock* of_row = rows.row_block(row, index) + word;
+    const int64_t next_row = rows.block_count() * rows.rounding.words;
+    float* result = panel.result(row, row_block);
+    if constexpr (PAIR == Pair::kBFloat16) {
+        for (int64_t r = 0; r < count; ++r, result += kLanes) {
+            _mm512_store_ps(result, _mm512_fmadd_ps(_mm512_load_ps(sums[r]), scales, _mm512_load_ps(result)));
+        }
+        return;
+    }
+    for (int64_t r = 0; r < count; ++r, of_row += next_row, result += kLanes) {
+        __m512i dot = _mm512_load_si512(sums[r]);
+        if constexpr (PAIR == Pair::kWord) {
+            const __m512i high = _mm512_load_si512(sums[kTileRows + r]);
+            dot = _mm512_add_epi32(dot, _mm512_slli_epi32(high, 8));
+        }
+        if constexpr (SHIFTED) {
+            const __m512i shifts = _mm512_load_si512(output.shifts);
+            dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(shifts, _mm512_set1_epi32(of_row->sum)));
+        }
+        __m512 value = _mm512_cvtepi32_ps(dot);
+        if constexpr (PAIR == Pair::kByte)
+            value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row->zero_point), weight_sums, value);
+        value = _mm512_mul_ps(value, _mm512_set1_ps(of_row->scale));
+        _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, _mm512_load_ps(result)));
+    }
+}
+
+// `SECOND`: there are rows for a second tile of activations.
+template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
+AUTOQ_INLINE void add_block(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block,
+                            int64_t index, int word, const Sums& sums) {
+    const int64_t left = rows.rows - row;
+    for (int c = 0; c < COLUMNS; ++c) {
+        const int64_t count = left < kTileRows ? left : kTileRows;
+        add_results<PAIR, SHIFTED>(rows, panel, row, count, row_block + c, index, word, sums.of[2 * c]);
+        if constexpr (PAIR != Pair::kWord && SECOND) {
+            const int64_t more = left < 2 * kTileRows ? left - kTileRows : kTileRows;
+            add_results<PAIR, SHIFTED>(rows, panel, row + kTileRows, more, row_block + c, index, word,
+                                       sums.of[2 * c + 1]);
+        }
+    }
+}
+
+template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
+AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block,
+                                Sums& sums) {
+    const int64_t stride = rows.planes * kTileBytes;
+    // The vector units add the sums of one block while the matrix unit works on the next.
+    int64_t previous = -1;
+    int previous_word = 0;
+    for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
+        const ColumnBlock& block = rows.blocks[i];
+        for (int word = 0; word < rows.rounding.words; ++word) {
+            const uint8_t* values = rows.row(row, block) + 2 * word * kTileBytes;
+            const uint8_t* second = PAIR == Pair::kWord ? values + kTileBytes : values + block.slice_tiles * stride;
+            dot_tiles<PAIR, PAIR == Pair::kWord || SECOND, COLUMNS>(values, second, stride,
+                                                                    panel.tile(row_block, block), block.tiles);
+            if (previous >= 0) {
+                add_block<PAIR, SHIFTED, SECOND, COLUMNS>(rows, panel, row, row_block, previous, previous_word, sums);
+            }
+            store_tiles<PAIR == Pair::kWord || SECOND, COLUMNS>(sums);
+            previous = i;
+            previous_word = word;
+        }
+    }
+    add_block<PAIR, SHIFTED, SECOND, COLUMNS>(rows, panel, row, row_block, previous, previous_word, sums);
+}
+
+template <Pair PAIR, bool SHIFTED, int COLUMNS>
+void multiply_columns(const ActivationTiles& rows, const Panel& panel, int64_t row_block, Sums& sums) {
+    int64_t row = 0;
+    if (PAIR != Pair::kWord) {
+        for (; row + kTileRows < rows.rows; row += 2 * kTileRows) {
+            multiply_rows<PAIR, SHIFTED, true, COLUMNS>(rows, panel, row, row_block, sums);
+        }
+    }
+    for (; row < rows.rows; row += kTileRows) {
+        multiply_rows<PAIR, SHIFTED, false, COLUMNS>(rows, panel, row, row_block, sums);
+    }
+}
+
+template <Pair PAIR, bool SHIFTED>
+void multiply_panel(const ActivationTiles& rows, const Panel& panel) {
+    Sums sums;
+    int64_t row_block = 0;
+    for (; row_block + 2 <= panel.row_blocks; row_block += 2) {
+        multiply_columns<PAIR, SHIFTED, 2>(rows, panel, row_block, sums);
+    }
+    if (row_block < panel.row_blocks) multiply_columns<PAIR, SHIFTED, 1>(rows, panel, row_block, sums);
+}
+
+// bf16 wherever it holds the words: 150 to 160 cycles for 16 rows, 16 outputs and 128 columns, with everything in the
+// caches, where bytes in two planes took 205. The products alone take 86 either way; the rest is putting sums together.
+Element element(Mode mode, Float dtype, int bits) {
+    const bool fits = mode == Mode::kExact && dtype == Float::kBFloat16 && bits <= 4;
+    return fits ? Element::kBFloat16 : Element::kByte;
+}
+
+AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output,
+                                 int64_t begin, int64_t end) {
+    const bool shifted = weight.bits == 8;
+    auto multiply = shifted ? multiply_panel<Pair::kByte, true> : multiply_panel<Pair::kByte, false>;
+    if (tiles.element == Element::kBFloat16) {
+        multiply = multiply_panel<Pair::kBFloat16, false>;
+    } else if (tiles.rounding.mode == Mode::kExact) {
+        multiply = shifted ? multiply_panel<Pair::kWord, true> : multiply_panel<Pair::kWord, false>;
+    }
+    const TileConfiguration configuration;
+    _tile_loadconfig(&configuration);
+    multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
+    _tile_release();  // a thread with tiles in use is slower to switch, and its core to rest
+}
+
+}  // namespace
+
+const Kernels amx_kernels = {prepare_avx512,       multiply_avx512, element,
+                             prepare_tiles_avx512, multiply_tiles,  dequantize_avx512};
+
+}  // namespace autoq::cpu
+
+#endif

@@ -1,0 +1,167 @@
+// The loops and choices that all instruction sets share. Compiled for the baseline, they call functions compiled for an
+// instruction set, each of which does enough at a time for the call not to count.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace autoq::cpu {
+
+// Calls `function` with the bits as a constant, `std::integral_constant<int, 2>` and so on.
+template <class Function>
+void with_bits(int bits, const Function& function) {
+    switch (bits) {
+        case 2:
+            return function(std::integral_constant<int, 2>());
+        case 3:
+            return function(std::integral_constant<int, 3>());
+        case 4:
+            return function(std::integral_constant<int, 4>());
+        default:
+            return function(std::integral_constant<int, 8>());
+    }
+}
+
+template <class Function>
+void with_dtype(Float dtype, const Function& function) {
+    switch (dtype) {
+        case Float::kFloat32:
+            return function(std::integral_constant<Float, Float::kFloat32>());
+        case Float::kBFloat16:
+            return function(std::integral_constant<Float, Float::kBFloat16>());
+        default:
+            return function(std::integral_constant<Float, Float::kFloat16>());
+    }
+}
+
+// Calls `function(block, group, begin, end)` for the blocks of a row in order: halves [begin, end), at most
+// `block_halves` of them, all in one group.
+template <class Function>
+void for_each_block(const PackedWeight& weight, int64_t block_halves, const Function& function) {
+    const int64_t halves = weight.group_halves();
+    int64_t block = 0;
+    for (int64_t group = 0; group < weight.groups; ++group) {
+        const int64_t first = group * halves;
+        for (int64_t half = 0; half < halves; half += block_halves, ++block) {
+            function(block, group, first + half, first + std::min(half + block_halves, halves));
+        }
+    }
+}
+
+// The blocks of columns of tiles, cut into slices.
+inline std::vector<ColumnBlock> column_blocks(const PackedWeight& weight, const ActivationTiles& tiles) {
+    std::vector<ColumnBlock> blocks;
+    ColumnBlock next{};
+    size_t first = 0;  // of the slice
+    const auto end_slice = [&] {
+        for (; first < blocks.size(); ++first) blocks[first].slice_tiles = next.tile;
+        next.tiles_before += next.tile;
+        next.tile = 0;
+    };
+    for_each_block(weight, tiles.rounding.block_halves, [&](int64_t, int64_t group, int64_t begin, int64_t end) {
+        next.group = group;
+        next.begin = begin;
+        next.end = end;
+        next.tiles = tiles.tiles_of(end - begin);
+        if (next.tile + next.tiles > kSliceTiles) end_slice();
+        blocks.push_back(next);
+        next.tile += next.tiles;
+    });
+    end_slice();
+    return blocks;
+}
+
+// Few rows: `prepare_block(weight, input, fixed, row, block, begin, end, columns)` writes one block, each half of it
+// in the order of `columns`.
+template <class PrepareBlock>
+void prepare_digits(PrepareBlock prepare_block, const PackedWeight& weight, const InputRows& input,
+                    const FixedPointRows& fixed, int64_t begin, int64_t end) {
+    int8_t columns[kHalfColumns];
+    for (int position = 0; position < kHalfColumns; ++position) columns[position] = column_of(weight.bits, position);
+    for (int64_t row = begin; row < end; ++row) {
+        for_each_block(weight, kBlockHalves, [&](int64_t block, int64_t, int64_t first, int64_t last) {
+            prepare_block(weight, input, fixed, row, block, first, last, columns);
+        });
+    }
+}
+
+// Many rows: the same, `prepare_block(weight, input, tiles, row, block, columns)`.
+template <class PrepareBlock>
+void prepare_each_tile_block(PrepareBlock prepare_block, const PackedWeight& weight, const InputRows& input,
+                             const ActivationTiles& tiles, int64_t begin, int64_t end) {
+    int32_t columns[kHalfColumns];
+    for (int i = 0; i < kHalfColumns; ++i) columns[i] = column_in_tile(weight.bits, tiles.element, i);
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t block = 0; block < tiles.block_count(); ++block) {
+            prepare_block(weight, input, tiles, row, block, columns);
+        }
+    }
+}
+
+// `unpack_block(weight, block, row_block, tile, output)` unpacks one block of columns of 16 outputs.
+template <class UnpackBlock>
+void unpack_blocks(UnpackBlock unpack_block, const ActivationTiles& rows, const Panel& panel) {
+    for (int64_t row_block = 0; row_block < panel.row_blocks; ++row_block) {
+        for (int64_t block = panel.first_block; block < panel.last_block; ++block) {
+            unpack_block(*panel.weight, rows.blocks[block], panel.first_row_block + row_block,
+                         panel.tile(row_block, rows.blocks[block]), panel.output(row_block, block));
+        }
+    }
+}
+
+// `dequantize_rows(weight, dense, row_block, rows, group, begin, end, out)` writes halves [begin, end), all in one
+// group, of the first `rows` rows of a row block, of which the first begins at element `out` of the dense weight.
+template <class DequantizeRows>
+void dequantize_blocks(DequantizeRows dequantize_rows, const PackedWeight& weight, void* dense, int64_t begin,
+                       int64_t end) {
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        const int64_t rows = std::min<int64_t>(kLanes, weight.out_features - row_block * kLanes);
+        const int64_t out = (row_block - begin) * kLanes * weight.in_features;
+        // Steps of at most 256 columns, so that the 16 rows find their interleaved words in the first-level cache.
+        for_each_block(weight, kBlockHalves, [&](int64_t, int64_t group, int64_t first, int64_t last) {
+            dequantize_rows(weight, dense, row_block, rows, group, first, last, out);
+        });
+    }
+}
+
+// What an instruction set brings to the multiplication of many rows.
+struct PanelKernels {
+    void (*unpack)(const ActivationTiles& rows, const Panel& panel);    // fills the panel's tiles and outputs
+    void (*multiply)(const ActivationTiles& rows, const Panel& panel);  // adds to the panel's results
+    void (*store)(const ActivationTiles& rows, const Panel& panel, const OutputRows& output);
+};
+
+// Multiplies all rows with the weight's row blocks [begin, end), a panel at a time: what is unpacked once is multiplied
+// with every row while it lies in the caches.
+inline void multiply_panels(const PanelKernels& set, const PackedWeight& weight, const ActivationTiles& rows,
+                            const OutputRows& output, int64_t begin, int64_t end) {
+    constexpr int64_t kTiles = kPanelBlocks * kSliceTiles;
+    static thread_local Scratch scratch;
+    const int64_t result_bytes =
+        rows.row_tiles() * kTileRows * kPanelBlocks * kLanes * static_cast<int64_t>(sizeof(float));
+    char* memory = scratch.get(kTiles * (kTileBytes + sizeof(OutputBlock)) + result_bytes);
+    Panel panel{};
+    panel.weight = &weight;
+    panel.row_tiles = rows.row_tiles();
+    panel.tiles = reinterpret_cast<uint8_t*>(memory);
+    panel.outputs = reinterpret_cast<OutputBlock*>(memory + kTiles * kTileBytes);
+    panel.results = reinterpret_cast<float*>(memory + kTiles * (kTileBytes + sizeof(OutputBlock)));
+    for (int64_t row_block = begin; row_block < end; row_block += kPanelBlocks) {
+        panel.first_row_block = row_block;
+        panel.row_blocks = std::min(kPanelBlocks, end - row_block);
+        std::memset(panel.results, 0, result_bytes);
+        for (int64_t block = 0; block < rows.block_count(); block = panel.last_block) {
+            panel.first_block = block;
+            panel.last_block = block + 1;
+            while (panel.last_block < rows.block_count() && rows.blocks[panel.last_block].tile > 0) ++panel.last_block;
+            set.unpack(rows, panel);
+            set.multiply(rows, panel);
+        }
+        set.store(rows, panel, output);
+    }
+}
+
+}  // namespace autoq::cpu
