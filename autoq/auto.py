@@ -150,8 +150,9 @@ class AutoQForCausalLM(nn.Module):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.mode = mode
-        if fuse_layers:
-            fuse_blocks(model, quantized_cache=kv_cache_bits == 8)
+        fused = fuse_blocks(model, quantized_cache=kv_cache_bits == 8) if fuse_layers else 0
+        if kv_cache_bits is not None and not fused:
+            warnings.warn("kv_cache_bits has no effect: no block of this model is fused", stacklevel=2)
         return cls(model, quant_config)
 
     def quantize(

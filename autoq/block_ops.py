@@ -19,6 +19,8 @@ from torch.nn import functional
 from autoq import ops
 from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
 
+MAX_HEAD_DIM = 1024  # of the native operator
+
 
 class ActivationKind(IntEnum):
     RELU = 0

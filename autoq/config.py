@@ -73,6 +73,8 @@ class QuantConfig:
             _one_of(name, getattr(self, name), (True, False))
         for name, size in self.module_group_sizes.items():
             _one_of(f"module_group_sizes[{name!r}]", size, GROUP_SIZES)
+        if self.lm_head_bits is not None and LM_HEAD in self.modules_to_not_convert:
+            raise ConfigError(f"{LM_HEAD} is in modules_to_not_convert, but lm_head_bits asks to quantize it")
         if self.version == "gemm" and self.bits != 4:
             raise ConfigError(
                 f"the gemm format holds 4-bit weights only, not {self.bits}-bit ones; "

@@ -110,6 +110,8 @@ Tensor apply_norm(const Block& block, const Tensor& input, int place, Constant e
 
 // The sum, in the memory of `last`.
 Tensor add(const Block& block, const Tensor& first, const Tensor* second, const Tensor& last) {
+    STD_TORCH_CHECK(last.scalar_type() == first.scalar_type() && last.numel() == first.numel(),
+                    "autoq::decoder_block: a part of the block changed the dtype; leave autocast out");
     torch::stable::parallel_for(0, last.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
         block_kernels().add(first.data_ptr(), last.data_ptr(), second ? second->data_ptr() : nullptr, last.data_ptr(),
                             block.dtype, begin, end);
@@ -336,22 +338,30 @@ void check_vectors(const Block& block, const Tensor& hidden) {
 }
 
 void check_settings(const Block& block) {
-    const cpu::HeadLayout layout = block.heads();
-    STD_TORCH_CHECK(layout.heads > 0 && layout.kv_heads > 0 && layout.heads % layout.kv_heads == 0 &&
-                        layout.head_dim > 0 && layout.head_dim <= 1024 && layout.queries_per_group > 0,
-                    "autoq::decoder_block: ", layout.heads, " heads, ", layout.kv_heads,
-                    " key heads and a head size of ", layout.head_dim, " do not go together");
-    const int64_t size = layout.row_size(), head = layout.head_dim;
-    for (const int64_t start : {layout.query(0), layout.query(layout.heads - 1), layout.key(0),
-                                layout.key(layout.kv_heads - 1), layout.value(0), layout.value(layout.kv_heads - 1)}) {
-        STD_TORCH_CHECK(start >= 0 && start + head <= size, "autoq::decoder_block: the head layout leaves the row of ",
-                        size, " values");
+    // Small enough that no product of them overflows.
+    for (const int64_t setting : block.settings) {
+        STD_TORCH_CHECK(setting >= 0 && setting < (int64_t{1} << 28), "autoq::decoder_block: the setting ", setting,
+                        " is out of its range");
     }
-    STD_TORCH_CHECK(
-        block.setting(kArrangement) >= 0 && block.setting(kArrangement) <= 3 && block.setting(kNormKind) >= 0 &&
-            block.setting(kNormKind) <= 1 && block.setting(kActivation) >= 0 && block.setting(kActivation) <= 4 &&
-            block.setting(kRotaryKind) >= 0 && block.setting(kRotaryKind) <= 2 && block.setting(kIntermediate) > 0,
-        "autoq::decoder_block: a setting is out of its range");
+    const cpu::HeadLayout layout = block.heads();
+    const int64_t head = layout.head_dim;
+    STD_TORCH_CHECK(layout.heads > 0 && layout.kv_heads > 0 && layout.heads % layout.kv_heads == 0 && head > 0 &&
+                        head <= cpu::kMaxHeadDim && layout.queries_per_group > 0,
+                    "autoq::decoder_block: ", layout.heads, " heads, ", layout.kv_heads,
+                    " key heads and a head size of ", head, " do not go together");
+    const auto check_start = [&](int64_t start) {
+        STD_TORCH_CHECK(start + head <= layout.row_size(), "autoq::decoder_block: the head layout leaves the row of ",
+                        layout.row_size(), " values");
+    };
+    for (int64_t h = 0; h < layout.heads; ++h) check_start(layout.query(h));
+    for (int64_t g = 0; g < layout.kv_heads; ++g) {
+        check_start(layout.key(g));
+        check_start(layout.value(g));
+    }
+    STD_TORCH_CHECK(block.setting(kArrangement) <= 3 && block.setting(kNormKind) <= 1 &&
+                        block.setting(kActivation) <= 4 && block.setting(kRotaryKind) <= 2 &&
+                        block.setting(kIntermediate) > 0,
+                    "autoq::decoder_block: a setting is out of its range");
 }
 
 Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& values,
@@ -377,6 +387,8 @@ Tensor decoder_block(const Tensor& hidden_, const Tensor& keys, const Tensor& va
     const Cache cache{keys, values, key_scales, value_scales};
     check_rotary(cosines, block, hidden);
     check_rotary(sines, block, hidden);
+    STD_TORCH_CHECK(!cosines || (cosines->size(0) == sines->size(0) && cosines->size(2) == sines->size(2)),
+                    "autoq::decoder_block: cosines and sines must have the same shape");
     check_vectors(block, hidden);
     if (hidden.numel() == 0) return torch::stable::empty_like(hidden);
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -248,12 +251,14 @@ BAD = {
     "keys must be contiguous and have the shape": lambda a: a.__setitem__(1, a[1][:, :1]),
     "values must be on the CPU and have the dtype": lambda a: a.__setitem__(2, a[2].bfloat16()),
     "cosines and sines must be given": lambda a: a.__setitem__(6, None),
+    "cosines and sines must have the same shape": lambda a: a.__setitem__(7, a[7][..., :4].contiguous()),
     "cosines turn": lambda a: (a.__setitem__(6, torch.zeros(1, 3, 50)), a.__setitem__(7, torch.zeros(1, 3, 50))),
     "dimension 3 of mask is 3": lambda a: a.__setitem__(8, a[8][..., :3]),
     "bias must be bool, float32": lambda a: a.__setitem__(9, a[9].long()),
     "tensors, .* settings": lambda a: a[10].pop(),
     "vector of 64 values": lambda a: a[10].__setitem__(0, torch.ones(63)),
     "head layout leaves the row": lambda a: a[11].__setitem__(5, 10_000),
+    "the setting -24 is out of its range": lambda a: a[11].__setitem__(4, -24),
     "do not go together": lambda a: a[11].__setitem__(1, 3),
     "out of its range": lambda a: a[11].__setitem__(10, 99),
     "codes must have the shape": lambda a: a[10].__setitem__(2, a[10][2][:1]),
@@ -324,6 +329,42 @@ def test_a_cache_is_used_again_across_turns(variant: Variant) -> None:
     torch.testing.assert_close(torch.cat([first.logits, second.logits, third.logits], 1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_filled_in_inference_mode_goes_on_outside() -> None:
+    unfused, fused = pair(FAMILIES[0])
+    ids = prompt(1, 12)["input_ids"]
+    cache = DynamicCache(config=fused.config)
+    with torch.inference_mode():
+        fused(ids[:, :6], past_key_values=cache)
+    with torch.no_grad():
+        rest = fused(ids[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, unfused(ids).logits[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_with_a_watched_block() -> None:
+    """A block that runs unfused and one that runs fused share a cache whose masks are made for both."""
+    for watched in (0, 1):
+        unfused, fused = pair(WINDOW)
+        blocks(fused)[watched].mlp.register_forward_hook(lambda *_: None)
+        inputs = prompt(2, 12)
+        assert torch.equal(generate(unfused, inputs, do_sample=False), generate(fused, inputs, do_sample=False))
+
+
+def test_a_cache_of_another_class_is_left_alone(calls: list[int]) -> None:
+    class Watching(DynamicCache):
+        updates = 0
+
+        def update(self, *arguments: Any, **options: Any) -> Any:
+            self.updates += 1
+            return super().update(*arguments, **options)
+
+    _, fused = pair(FAMILIES[0])
+    cache = Watching()
+    with torch.no_grad():
+        for _ in range(3):
+            fused(prompt(1, 4)["input_ids"], past_key_values=cache)
+    assert (cache.updates, calls[0]) == (6, 0)
+
+
 def test_a_cache_filled_unfused_goes_on_fused() -> None:
     unfused, fused = pair(FAMILIES[0])
     ids = prompt(2, 20)["input_ids"]
@@ -364,7 +405,7 @@ def test_keys_and_values_of_8_bits(tmp_path: Path) -> None:
             wanted, found = exact(**inputs, use_cache=True), small(**inputs, use_cache=True)
             assert (found.logits - wanted.logits).norm() < 0.03 * wanted.logits.norm()
             cache = found.past_key_values
-            assert cache.layers[0].reserve(torch.empty(0), 2, 1, 0, 16)[0].keys.dtype == torch.int8
+            assert cache.layers[0]._buffers.keys.dtype == torch.int8
             # What is in the cache is all that a later token sees, however it came there.
             inputs["attention_mask"] = torch.ones(2, 41, dtype=torch.int64)
             next_token = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": inputs["attention_mask"]}
@@ -436,6 +477,122 @@ def test_hooks_and_adapters_on_a_part_are_obeyed(calls: list[int]) -> None:
         assert torch.equal(fused(**prompt(1, 4)).logits, before)
 
 
+def test_one_call_that_asks_for_more_does_not_slow_the_next(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0])
+    with torch.no_grad():
+        for options in ({"output_hidden_states": True}, {}, {"output_attentions": True}, {}):
+            calls[0] = 0
+            torch.testing.assert_close(
+                fused(**prompt(1, 6), **options).logits, unfused(**prompt(1, 6)).logits, rtol=1e-4, atol=1e-4
+            )
+            assert calls[0] == (0 if "output_attentions" in options else 2), options
+
+
+def test_a_forward_or_a_hook_of_somebody_else_is_obeyed(calls: list[int]) -> None:
+    _, fused = pair(FAMILIES[0])
+    linear = blocks(fused)[0].mlp.down_proj
+    own = linear.forward
+    with torch.no_grad():
+        before = fused(**prompt(1, 4)).logits
+        linear.forward = lambda x: 2 * own(x)
+        assert not torch.allclose(fused(**prompt(1, 4)).logits, before)
+        del linear.forward
+        seen: list[nn.Module] = []
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        calls[0] = 0
+        fused(**prompt(1, 4))
+        hook.remove()
+        assert (calls[0], linear in seen) == (0, True)
+        assert torch.equal(fused(**prompt(1, 4)).logits, before)
+
+
+def test_autocast_runs_unfused(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(**prompt(4, 40)).logits, unfused(**prompt(4, 40)).logits)
+    assert calls[0] == 0
+
+
+def test_another_attention_runs_unfused(calls: list[int]) -> None:
+    _, fused = pair(FAMILIES[0])
+    fused.config._attn_implementation = "flex_attention"
+    with contextlib.suppress(Exception), torch.no_grad():
+        fused(**prompt(1, 4))
+    assert calls[0] == 0
+
+
+def test_parameters_of_a_block_get_gradients() -> None:
+    _, fused = pair(FAMILIES[0])
+    fused.requires_grad_(False)
+    norm = blocks(fused)[0].input_layernorm
+    norm.weight.requires_grad_()
+    fused(**prompt(1, 4)).logits.sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
+def test_changed_tensors_are_used(variant: Variant, calls: list[int]) -> None:
+    """Whatever a module holds, assigned or changed in place, is what the next call computes with."""
+    unfused, fused = pair(variant)
+    inputs = prompt(1, 6)
+    for name, tensor in list(fused.state_dict(keep_vars=True).items()):
+        if not tensor.is_floating_point() or ".0." not in name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        for model in (unfused, fused):
+            module = model.get_submodule(parent)
+            with torch.no_grad():
+                if leaf == "scales":
+                    setattr(module, leaf, getattr(module, leaf) * 1.25)
+                else:
+                    getattr(module, leaf).mul_(1.25)
+        with torch.no_grad():
+            calls[0] = 0
+            torch.testing.assert_close(fused(**inputs).logits, unfused(**inputs).logits, rtol=1e-3, atol=1e-3)
+            assert calls[0] == 2, name
+
+
+def test_modes_are_read_at_every_call(calls: list[int]) -> None:
+    unfused, fused = pair(FAMILIES[0], dtype=torch.bfloat16)
+    inputs = prompt(1, 20)
+    with torch.no_grad():
+        exact = fused(**inputs).logits
+        for model in (unfused, fused):
+            for module in model.modules():
+                if isinstance(module, QuantLinear):
+                    module.mode = "int8"
+        changed = fused(**inputs).logits
+        if ops.extension_missing() is None:
+            assert not torch.equal(changed, exact)
+        blocks(fused)[0].mlp.down_proj.mode = "exact"
+        calls[0] = 0
+        fused(**inputs)
+        assert calls[0] == 1
+
+
+def test_a_model_is_gone_with_its_last_reference() -> None:
+    _, fused = pair(FAMILIES[0])
+    block_of_it = weakref.ref(blocks(fused)[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del fused
+        assert block_of_it() is None
+    finally:
+        gc.enable()
+
+
+def test_pickled_models_stay_fused(tmp_path: Path, calls: list[int]) -> None:
+    _, fused = pair(FAMILIES[0])
+    with torch.no_grad():
+        wanted = fused(**prompt(1, 6)).logits
+        torch.save(fused, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        calls[0] = 0
+        assert torch.equal(again(**prompt(1, 6)).logits, wanted)
+    assert calls[0] == 2
+
+
 def test_training_mode_runs_unfused(calls: list[int]) -> None:
     _, fused = pair(FAMILIES[0])
     fused.train()
@@ -500,8 +657,17 @@ def test_cache_layer_behaves_as_transformers_own() -> None:
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
         assert caches[0].get_mask_sizes(4, 0) == caches[1].get_mask_sizes(4, 0)
     for cache in caches:
+        cache.layers[0].keys, cache.layers[0].values = cache.layers[0].keys[:1], cache.layers[0].values[:1]
+    for ours, theirs in zip(*(cache.update(keys[:1], values[:1], 0) for cache in caches), strict=True):
+        assert torch.equal(ours, theirs)
+    for cache in caches:
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(5)
         cache.reset()
-    assert caches[1].get_seq_length() == 0
+        assert cache.get_seq_length() == 0
+        cache.update(keys[:1], values[:1], 0)
+    with pytest.raises(ValueError, match="use a cache of its own for every batch"):
+        caches[1].update(keys, values, 0)
 
 
 def test_cache_grows_rarely() -> None:

@@ -8,19 +8,28 @@ goes through the block's own forward, with the same result.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.architectures.base import DecoderBlock, RotaryKind
-from autoq.block_ops import ActivationKind, BlockSettings, BlockTensors, decoder_block
+from autoq.block_ops import MAX_HEAD_DIM, ActivationKind, BlockSettings, BlockTensors, decoder_block
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
 from autoq.ops import LANES, PackedWeight
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # another release of transformers: such a hook is then like any other
+    _active_collector = None  # type: ignore[assignment]
+
+# What the operator computes; others have rules of their own.
+_ATTENTIONS = ("sdpa", "eager", None)
 
 _ACTIVATIONS = {
     "ReLU": ActivationKind.RELU,
@@ -46,14 +55,16 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     """
     if model.config.model_type not in known_model_types() or getattr(model, "hf_device_map", None) is not None:
         return 0
+    unfuse_blocks(model)
     architecture = architecture_of(model.config)
     description = architecture.block(model.config)
     table = _RotaryTable()
     fused = 0
     for block in architecture.decoder_blocks(model):
-        parts = _Parts.of(block, description)
+        # A forward of the block's own instance is somebody else's: accelerate's, say.
+        parts = None if "forward" in block.__dict__ else _Parts.of(block, description)
         if parts is not None:
-            block.forward = FusedForward(block, parts, table, quantized_cache)
+            block.forward = FusedForward(block, model.config, parts, table, quantized_cache)
             fused += 1
     return fused
 
@@ -113,14 +124,29 @@ class _Parts:
             and _can_be_merged(self.qkv)
             and _can_be_merged(self.up)
             and sum(linear.out_features for linear in self.qkv) == self.description.heads.row_size
+            and self.description.heads.head_dim <= MAX_HEAD_DIM
         )
 
     def untouched(self) -> bool:
-        """Whether the modules are still those of the block, and nobody wants to see what goes in or out of them."""
+        """Whether the modules are still those of the block, and nobody watches or changes what goes through them."""
+        if nn.modules.module._has_any_global_hook():
+            return False
         for siblings, leaf, module in self._places:
-            if siblings.get(leaf) is not module or module._forward_hooks or module._forward_pre_hooks:
+            if siblings.get(leaf) is not module or "forward" in module.__dict__ or module._forward_pre_hooks:
+                return False
+            if module._forward_hooks and not all(_is_idle(hook) for hook in module._forward_hooks.values()):
                 return False
         return True
+
+    def sources(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors come from: the dicts of the modules that hold them, and their names in these."""
+        modules = [*self.linears, self.attention_norm, self.mlp_norm, self.activation, self.query_norm, self.key_norm]
+        return [
+            (tensors, name)
+            for module in filter(None, modules)
+            for tensors in (module._parameters, module._buffers)
+            for name in tensors
+        ]
 
     def settings(self) -> BlockSettings:
         description, kind = self.description, self._activation_kind()
@@ -135,7 +161,7 @@ class _Parts:
             rotary=description.rotary,
             inverted_mask=description.inverted_mask,
             bits=(self.qkv[0].spec.bits, self.output.spec.bits, self.up[0].spec.bits, self.down.spec.bits),
-            int8=self.qkv[0].mode == "int8",
+            int8=False,
             epsilons=(_epsilon(self.attention_norm), _epsilon(self.mlp_norm), _epsilon(self.query_norm)),
             scale=description.scale or description.heads.head_dim**-0.5,
             clip=description.clip,
@@ -166,6 +192,20 @@ class _Parts:
 
 
 _NOTHING = torch.empty(0)
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a forward hook is the one that transformers leaves on a model once attention weights were asked for, and
+    they are not asked for now."""
+    if _active_collector is None or getattr(hook, "__name__", "") != "output_capturing_hook":
+        return False
+    collected = _active_collector.get()
+    return collected is None or "attentions" not in collected
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when the values do: the version, or the memory when somebody assigns to `.data`."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def _epsilon(norm: Any) -> float:
@@ -211,83 +251,125 @@ class _RotaryTable:
     """Cosines and sines of the tokens of one forward pass, looked up by the first block and used by all."""
 
     def __init__(self) -> None:
-        self._positions: Tensor | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None
 
     def at(self, positions: Tensor, embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """embeddings: `[positions, sines | cosines]`, as GPT-J keeps them."""
-        if self._tables is None or self._positions is not positions or self._tables[0].dtype != dtype:
-            sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
-            self._positions, self._tables = positions, (cosines.contiguous(), sines.contiguous())
-        return self._tables
+        last = self._last
+        if last is not None and last[0] is positions and not positions.is_inference():
+            _, state, cosines, sines = last
+            if state == _state(positions) and cosines.dtype == dtype:
+                return cosines, sines
+        sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
+        cosines, sines = cosines.contiguous(), sines.contiguous()
+        self._last = (positions, _state(positions), cosines, sines)
+        return cosines, sines
 
 
 class FusedForward:
     """The forward of a decoder block in one native call."""
 
-    def __init__(self, block: nn.Module, parts: _Parts, table: _RotaryTable, quantized_cache: bool) -> None:
-        self._block = block
-        self._quantized_cache = quantized_cache
-        self._unfused = block.forward
+    def __init__(
+        self,
+        block: nn.Module,
+        config: PretrainedConfig,
+        parts: _Parts,
+        table: _RotaryTable,
+        quantized_cache: bool,
+    ) -> None:
+        self._block = weakref.ref(block)  # which holds this: a model is gone when the last reference to it is
+        self._config = config
         self._parts = parts
         self._table = table
+        self._quantized_cache = quantized_cache
         settings = parts.settings()
         self._integers, self._constants = settings.integers(), settings.constants()
         self._collect()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": self._block()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._block = weakref.ref(state["_block"])
+        self._collect()
+
     def _collect(self) -> None:
-        """Takes the tensors from the modules."""
-        tensors = self._parts.tensors()
+        """Takes the tensors from the modules, and remembers which these were."""
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self._parts.tensors()
         self._tensors = list(tensors)
-        self._sources = [(linear._buffers, linear._buffers["codes"]) for linear in self._parts.linears]
+        self._sources: list[tuple[dict[str, Any], str, Tensor, tuple[int, int]]] = [
+            (place, name, place[name], _state(place[name]))
+            for place, name in self._parts.sources()
+            if place[name] is not None
+        ]
         packed = {f"{linear}_{leaf}" for linear in ("qkv", "output", "up", "down") for leaf in PackedWeight._fields}
         vectors = {name: tensor for name, tensor in tensors._asdict().items() if name not in packed}
         self._dtypes = {vector.dtype for vector in vectors.values() if vector.numel()}
 
-    def _holds(self, dtype: torch.dtype) -> bool:
-        """Whether the tensors are those of the modules, in this dtype; takes them again after a move or conversion."""
-        if self._dtypes <= {dtype} and all(buffers["codes"] is codes for buffers, codes in self._sources):
-            return True
-        if not self._parts.can_be_fused():
-            return False
-        self._collect()
-        return self._dtypes <= {dtype}
+    def _is_current(self) -> bool:
+        """Whether the tensors are still those of the modules, with the values they had."""
+        for place, name, tensor, state in self._sources:
+            if place.get(name) is not tensor or _state(tensor) != state:
+                return False
+        return True
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = None if args else self._run(hidden_states, kwargs)
+        block = self._block()
+        assert block is not None
+        output = None if args else self._run(block, hidden_states, kwargs)
         if output is None:
-            return self._unfused(hidden_states, *args, **kwargs)
+            return type(block).forward(block, hidden_states, *args, **kwargs)
         return (output, None) if self._parts.description.returns_tuple else output
 
-    def _run(self, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
+    def _run(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
         """The block's output, or None where its own forward has to make it."""
-        if self._block.training or (torch.is_grad_enabled() and hidden.requires_grad) or torch.compiler.is_compiling():
+        if block.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        if options.get("output_attentions") or not self._parts.untouched() or not self._holds(hidden.dtype):
+        if options.get("output_attentions") or self._config._attn_implementation not in _ATTENTIONS:
             return None
+        if not self._parts.untouched():
+            return None
+        if not self._is_current():
+            if not self._parts.can_be_fused():
+                return None
+            self._collect()
+        if not self._dtypes <= {hidden.dtype} or self._needs_gradients(hidden):
+            return None
+        modes = {linear.mode for linear in self._parts.linears}
+        if len(modes) > 1:
+            return None
+        self._integers[-1] = int("int8" in modes)
         description = self._parts.description
         heads = description.heads
         batch, tokens, _ = hidden.shape
+        shape = (batch, heads.kv_heads, tokens, heads.head_dim)
         cache = options.get("past_key_values", options.get("layer_past"))
         layer, past = None, 0
         if cache is None:
-            buffers = KVBuffers.empty(hidden, (batch, heads.kv_heads, tokens, heads.head_dim), self._quantized_cache)
+            buffers = KVBuffers.empty(hidden, shape, self._quantized_cache)
         else:
             layer = kv_layer(cache, self._parts.attention.layer_idx, self._quantized_cache)
             if layer is None:
                 return None
-            buffers, past = layer.reserve(hidden, batch, heads.kv_heads, tokens, heads.head_dim)
+            buffers, past = layer.reserve(hidden, *shape)
         mask = options.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
-            hidden, *buffers, past, cosines, sines, mask, self._bias(options, batch, past + tokens),
+            hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
             self._tensors, self._integers, self._constants,
         )  # fmt: skip
         if layer is not None:
             layer.advance(tokens)
         return output
+
+    def _needs_gradients(self, hidden: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return hidden.requires_grad or any(tensor.requires_grad for _, _, tensor, _ in self._sources)
 
     def _rotary(self, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         kind = self._parts.description.rotary
@@ -298,7 +380,7 @@ class FusedForward:
         cosines, sines = options["position_embeddings"]
         return cosines, sines
 
-    def _bias(self, options: dict[str, Any], batch: int, positions: int) -> Tensor | None:
+    def _bias(self, options: dict[str, Any], positions: int) -> Tensor | None:
         """What is added to the scores, `[batch or 1, heads, 1, positions]`."""
         name = self._parts.description.position_bias
         bias = None if name is None else options.get(name)

@@ -28,14 +28,21 @@ class KVBuffers(NamedTuple):
     def empty(cls, like: Tensor, shape: tuple[int, int, int, int], quantized: bool) -> KVBuffers:
         """Room for keys and values of this shape, on the device of `like`, in its dtype unless quantized."""
         dtype = torch.int8 if quantized else like.dtype
-        keys, values = (like.new_empty(shape, dtype=dtype) for _ in range(2))
-        if not quantized:
-            return cls(keys, values)
-        return cls(keys, values, *(like.new_empty(shape[:3], dtype=torch.float32) for _ in range(2)))
+        with torch.inference_mode(False):  # a cache filled there may be used outside
+            keys, values = (torch.empty(shape, dtype=dtype, device=like.device) for _ in range(2))
+            if not quantized:
+                return cls(keys, values)
+            scales = (torch.empty(shape[:3], dtype=torch.float32, device=like.device) for _ in range(2))
+        return cls(keys, values, *scales)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVBuffers:
         """Every tensor changed."""
-        return KVBuffers(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+        with torch.inference_mode(False):
+            return KVBuffers(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    @property
+    def capacity(self) -> int:
+        return min(self.keys.shape[2], self.values.shape[2])
 
 
 class KVLayer(DynamicLayer):
@@ -57,15 +64,30 @@ class KVLayer(DynamicLayer):
         front = tensor[:, :, : self._length]
         return front if scales is None else (front * scales[:, :, : self._length, None]).to(self.dtype)
 
-    # transformers' layer assigns None to these, and nothing else here does.
+    def _assign(self, name: str, states: Tensor | None) -> None:
+        """What an assignment to `keys` or `values` does: nothing else is held then, so both have to be assigned."""
+        if states is None:
+            self._buffers, self._length = None, 0
+            return
+        fresh = KVBuffers.empty(states, tuple(states.shape), self.quantized)  # type: ignore[arg-type]
+        write_cache(fresh.keys, fresh.key_scales, 0, states)
+        if self._buffers is None:
+            self.lazy_initialization(states, states)
+            self._buffers = fresh
+        if name == "keys":
+            self._buffers = self._buffers._replace(keys=fresh.keys, key_scales=fresh.key_scales)
+        else:
+            self._buffers = self._buffers._replace(values=fresh.keys, value_scales=fresh.key_scales)
+        self._length = states.shape[2]
+
     @property
     def keys(self) -> Tensor | None:
         buffers = self._buffers
         return None if buffers is None else self._front(buffers.keys, buffers.key_scales)
 
     @keys.setter
-    def keys(self, _: Tensor | None) -> None:
-        self._buffers = None
+    def keys(self, states: Tensor | None) -> None:
+        self._assign("keys", states)
 
     @property
     def values(self) -> Tensor | None:
@@ -73,8 +95,8 @@ class KVLayer(DynamicLayer):
         return None if buffers is None else self._front(buffers.values, buffers.value_scales)
 
     @values.setter
-    def values(self, _: Tensor | None) -> None:
-        self._buffers = None
+    def values(self, states: Tensor | None) -> None:
+        self._assign("values", states)
 
     @classmethod
     def holding(cls, layer: DynamicLayer, quantized: bool = False) -> KVLayer:
@@ -93,10 +115,14 @@ class KVLayer(DynamicLayer):
         old, length = self._buffers, self._length
         if old is None:
             self.lazy_initialization(like, like)
-        capacity = 0 if old is None else old.keys.shape[2]
-        if old is None or capacity < length + tokens:
-            capacity = -(-max(length + tokens, 2 * capacity) // _STEP) * _STEP
-            self._buffers = KVBuffers.empty(like, (batch, heads, capacity, head_dim), self.quantized)
+        elif old.keys.shape[:2] != (batch, heads) or old.keys.shape[3] != head_dim:
+            raise ValueError(
+                f"the cache holds keys of the shape {list(old.keys.shape)} [batch, heads, room, head_dim], but those "
+                f"to come have {[batch, heads, tokens, head_dim]}; use a cache of its own for every batch"
+            )
+        if old is None or old.capacity < length + tokens:
+            room = -(-max(length + tokens, 2 * (0 if old is None else old.capacity)) // _STEP) * _STEP
+            self._buffers = KVBuffers.empty(like, (batch, heads, room, head_dim), self.quantized)
             for new, held in zip(self._buffers, old or (), strict=False):
                 if new is not None and held is not None:
                     new[:, :, :length] = held[:, :, :length]
@@ -125,10 +151,12 @@ class KVLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, given as a negative number as transformers does."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         self._length = max(0, self._length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self._length = 0
+        self._buffers, self._length, self.is_initialized = None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The sequences in another order, some of them perhaps twice."""
@@ -150,18 +178,26 @@ class KVLayer(DynamicLayer):
 def kv_layer(cache: Any, index: int, quantized: bool = False) -> KVLayer | None:
     """The layer of a cache as a KVLayer, put in the place of transformers' growing layer if it is one; None for others.
 
-    The layer of a sliding window is replaced while it is empty: ours keeps what is behind the window, and the mask that
-    transformers then makes leaves it out. Static, quantized and offloaded caches have layers of their own, and blocks
-    then run unfused.
+    The layers of sliding windows are replaced while they are empty, all at once, since masks are made for all by the
+    size of one: ours keep what is behind the window, and the masks then leave it out. Static, quantized, offloaded and
+    custom caches have layers of their own, and blocks then run unfused.
     """
     if not isinstance(cache, Cache) or cache.offloading:
         return None
-    layers = cache.layers
-    if type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
-        layers.extend(KVLayer(quantized) for _ in range(index + 1 - len(layers)))
-    if index >= len(layers):
+    layers: list[Any] = cache.layers
+    if index < len(layers) and isinstance(layers[index], KVLayer):
+        return layers[index]
+    if type(cache) is not DynamicCache:
         return None
-    layer = layers[index]
-    if type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() == 0):
-        layer = layers[index] = KVLayer.holding(layer, quantized)
-    return layer if isinstance(layer, KVLayer) else None
+    if cache.layer_class_to_replicate is DynamicLayer:
+        layers.extend(DynamicLayer() for _ in range(index + 1 - len(layers)))
+    if index >= len(layers) or not all(_can_be_replaced(layer) for layer in layers):
+        return None
+    layers[:] = [layer if isinstance(layer, KVLayer) else KVLayer.holding(layer, quantized) for layer in layers]
+    return layers[index]
+
+
+def _can_be_replaced(layer: Any) -> bool:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.get_seq_length() == 0
+    return type(layer) in (DynamicLayer, KVLayer)

@@ -357,13 +357,16 @@ def _blocks_that_give(hidden: Tensor, model: PreTrainedModel, plan: _Plan) -> It
     def give(*_args: Any, **_kwargs: Any) -> Any:
         return (hidden, None) if in_tuple else hidden
 
+    own = [block.__dict__.get("forward") for block in blocks]  # of the instance: accelerate's, say
     for block in blocks:
         block.forward = give
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 class _LinearWork:
@@ -471,9 +474,10 @@ def _warn_of_surprises(plan: _Plan) -> None:
         if pattern not in "lm_head" and not any(pattern in name for name in plan.in_features):
             warnings.warn(f"modules_to_not_convert: no linear of the blocks has {pattern!r} in its name", stacklevel=4)
     if len(plan.group_sizes_of_blocks) > 1:
-        name, size = next(iter(plan.other_group_sizes.items()))
+        others = {name: size for name, size in plan.other_group_sizes.items() if name != LM_HEAD}
+        name, size = next(iter(others.items()))
         warnings.warn(
-            f"the group size {plan.config.group_size} does not divide the inputs of {len(plan.other_group_sizes)} "
+            f"the group size {plan.config.group_size} does not divide the inputs of {len(others)} "
             f"linears, which got a smaller one ({name}: {size}). autoq loads such a checkpoint; engines with one group "
             f'size for all, such as vLLM, do not: for them choose group_size={size} or indivisible="skip".',
             stacklevel=4,

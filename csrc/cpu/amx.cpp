@@ -202,7 +202,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
     } else if (tiles.rounding.mode == Mode::kExact) {
         multiply = shifted ? multiply_panel<Pair::kWord, true> : multiply_panel<Pair::kWord, false>;
     }
-    const TileConfiguration configuration;
+    // Static: GCC believes that the instruction reads eight bytes, and may leave out writing the others.
+    static const TileConfiguration configuration;
     _tile_loadconfig(&configuration);
     multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
     _tile_release();  // a thread with tiles in use is slower to switch, and its core to rest

@@ -8,6 +8,8 @@
 
 namespace autoq::cpu {
 
+constexpr int64_t kMaxHeadDim = 1024;
+
 enum class NormKind { kLayer, kRms };
 enum class ActivationKind { kRelu, kSilu, kGelu, kGeluTanh, kQuickGelu };
 enum class RotaryKind { kNone, kHalves, kPairs };

@@ -104,8 +104,6 @@ void activate_rows(ActivationKind kind, bool gated, const void* input, const voi
 
 // ---- rotary positions --------------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxHeadDim = 1024;
-
 template <Float DTYPE>
 AUTOQ_VECTOR void read_head(const AttentionInput& input, const Norm& norm, int64_t index, float* head) {
     const int64_t size = input.layout.head_dim;
@@ -148,14 +146,17 @@ AUTOQ_VECTOR void rotate_head(const Rotary& rotary, int64_t angle, float* head) 
 // A head as bytes and the scale that turns them back: its largest magnitude becomes 127.
 AUTOQ_VECTOR float narrow_head(const float* head, int64_t size, int8_t* bytes) {
     float largest = 0.0f;
+    bool finite = true;
     for (int64_t i = 0; i < size; ++i) {
         const float magnitude = std::fabs(head[i]);
-        // NaN and infinity stay: the scale becomes NaN.
-        largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+        finite &= magnitude < INFINITY;
+        largest = magnitude > largest ? magnitude : largest;
     }
-    if (!(largest < INFINITY)) largest = NAN;
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    for (int64_t i = 0; i < size; ++i) bytes[i] = static_cast<int8_t>(std::nearbyint(head[i] * inverse));
+    if (!finite || largest < 1e-30f) {
+        std::memset(bytes, 0, static_cast<size_t>(size));
+        return finite ? 0.0f : NAN;  // what is not finite stays not finite
+    }
+    for (int64_t i = 0; i < size; ++i) bytes[i] = static_cast<int8_t>(std::nearbyint(head[i] * (127.0f / largest)));
     return largest / 127.0f;
 }
 
