@@ -274,8 +274,7 @@ void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const Out
     });
 }
 
-// ---- many rows: activations
-// ------------------------------------------------------------------------------------------
+// ---- many rows: activations ---------------------------------------------------------------------------------------
 
 Element element(Mode, Float, int) { return Element::kWord; }
 
@@ -333,8 +332,7 @@ void prepare_tiles(const PackedWeight& weight, const InputRows& input, const Act
     prepare_each_tile_block(prepare_tile_block, weight, input, tiles, begin, end);
 }
 
-// ---- many rows: multiplication
-// ---------------------------------------------------------------------------------------
+// ---- many rows: multiplication ------------------------------------------------------------------------------------
 
 template <int BITS>
 AUTOQ_TARGET void unpack_block(const PackedWeight& weight, const ColumnBlock& block, int64_t row_block, uint8_t* tile,

@@ -4,6 +4,7 @@
 // GCC warns of the undefined values inside its own intrinsics.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -238,8 +239,7 @@ AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRo
     }
 }
 
-// ---- many rows: activations
-// ------------------------------------------------------------------------------------------
+// ---- many rows: activations ---------------------------------------------------------------------------------------
 
 Element element(Mode mode, Float, int) { return mode == Mode::kExact ? Element::kWord : Element::kByte; }
 
@@ -309,8 +309,7 @@ AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows
     if (tiles.rounding.words == 2) parameters[1] = {scale.to_float * 65536.0f, zero, _mm512_reduce_add_epi32(sums[1])};
 }
 
-// ---- many rows: multiplication
-// ---------------------------------------------------------------------------------------
+// ---- many rows: multiplication ------------------------------------------------------------------------------------
 
 // The integers from -16 to 15 as bf16, to be looked up by their low five bits.
 AUTOQ_INLINE __m512i signed_integers_as_bf16() {

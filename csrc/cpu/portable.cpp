@@ -37,8 +37,7 @@ struct BlockValues {
     }
 };
 
-// ---- few rows
-// --------------------------------------------------------------------------------------------------------
+// ---- few rows -----------------------------------------------------------------------------------------------------
 
 // One value, cut into digits, least significant first. The bound on the value leaves nothing for digits behind the
 // last.
@@ -121,8 +120,7 @@ void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const Out
     }
 }
 
-// ---- many rows
-// -------------------------------------------------------------------------------------------------------
+// ---- many rows ----------------------------------------------------------------------------------------------------
 
 Element element(Mode, Float, int) { return Element::kWord; }
 
@@ -229,8 +227,7 @@ void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, co
     multiply_panels({unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
 }
 
-// ---- dequantization
-// --------------------------------------------------------------------------------------------------
+// ---- dequantization -----------------------------------------------------------------------------------------------
 
 void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end) {
     const int64_t last = end * kLanes < weight.out_features ? end * kLanes : weight.out_features;

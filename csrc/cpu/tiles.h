@@ -143,8 +143,7 @@ inline ByteScale byte_scale(float least, float largest) {
     return {to_integer, half_range / 127.0f, static_cast<int32_t>(-std::nearbyint(least * to_integer))};
 }
 
-// ---- a panel of weights
-// ----------------------------------------------------------------------------------------------
+// ---- a panel of weights -------------------------------------------------------------------------------------------
 
 // What the end of a block needs of 16 outputs.
 struct alignas(64) OutputBlock {
