@@ -117,7 +117,7 @@ class HeadLayout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderBlock:
+class BlockParts:
     """What the fused runtime has to know of a block: its parts, by name within it, and how they are put together.
 
     qkv: the projections that make queries, keys and values, in the order of `heads`.
@@ -168,7 +168,7 @@ class Architecture:
     blocks: str
     scale_groups: tuple[ScaleGroup, ...]
     unclipped: tuple[str, ...]
-    block: Callable[[PretrainedConfig], DecoderBlock]
+    block: Callable[[PretrainedConfig], BlockParts]
 
     def groups(self, config: PretrainedConfig, scale_activations: bool = False) -> list[ScaleGroup]:
         """The groups that are exact for this config."""

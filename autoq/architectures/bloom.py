@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 
 def _heads(config: PretrainedConfig) -> HeadLayout:
@@ -28,9 +20,9 @@ def _norm_feeds_only_linears(config: PretrainedConfig) -> bool:
     return not config.apply_residual_connection_post_layernorm
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
+def _block(config: PretrainedConfig) -> BlockParts:
     sequential = _norm_feeds_only_linears(config)
-    return DecoderBlock(
+    return BlockParts(
         heads=_heads(config),
         arrangement=Arrangement.SEQUENTIAL if sequential else Arrangement.NORMED_RESIDUAL,
         norm=NormKind.LAYER,

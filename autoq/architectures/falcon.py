@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 
 def _heads(config: PretrainedConfig) -> HeadLayout:
@@ -47,13 +39,13 @@ _QKV = "self_attention.query_key_value"
 _UP = "mlp.dense_h_to_4h"
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
+def _block(config: PretrainedConfig) -> BlockParts:
     norm, mlp_norm = "input_layernorm", None
     if _two_parallel_norms(config):
         norm, mlp_norm = "ln_attn", "ln_mlp"
     elif _sequential(config):
         mlp_norm = "post_attention_layernorm"
-    return DecoderBlock(
+    return BlockParts(
         heads=_heads(config),
         arrangement=Arrangement.SEQUENTIAL if _sequential(config) else Arrangement.PARALLEL,
         norm=NormKind.LAYER,

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 _QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
-    return DecoderBlock(
+def _block(config: PretrainedConfig) -> BlockParts:
+    return BlockParts(
         heads=HeadLayout.consecutive(config.n_head, config.n_head, config.n_embd // config.n_head),
         arrangement=Arrangement.PARALLEL,
         norm=NormKind.LAYER,

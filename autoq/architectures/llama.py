@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -29,9 +21,9 @@ def _value_rows(config: PretrainedConfig) -> Tensor:
     return heads.value_rows() - heads.value_offset
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
+def _block(config: PretrainedConfig) -> BlockParts:
     head_norms = config.model_type == "qwen3"
-    return DecoderBlock(
+    return BlockParts(
         heads=_heads(config),
         arrangement=Arrangement.SEQUENTIAL,
         norm=NormKind.RMS,

@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 
 def _heads(config: PretrainedConfig) -> HeadLayout:
@@ -24,8 +16,8 @@ def _value_rows(config: PretrainedConfig) -> Tensor:
     return _heads(config).value_rows()
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
-    return DecoderBlock(
+def _block(config: PretrainedConfig) -> BlockParts:
+    return BlockParts(
         heads=_heads(config),
         arrangement=Arrangement.SEQUENTIAL,
         norm=NormKind.LAYER,

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from autoq.architectures.base import (
-    Architecture,
-    Arrangement,
-    DecoderBlock,
-    HeadLayout,
-    NormKind,
-    RotaryKind,
-    ScaleGroup,
-)
+from autoq.architectures.base import Architecture, Arrangement, BlockParts, HeadLayout, NormKind, RotaryKind, ScaleGroup
 
 
 def _norm_can_absorb(config: PretrainedConfig) -> bool:
@@ -29,9 +21,9 @@ def _is_relu(config: PretrainedConfig) -> bool:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def _block(config: PretrainedConfig) -> DecoderBlock:
+def _block(config: PretrainedConfig) -> BlockParts:
     heads = config.num_attention_heads
-    return DecoderBlock(
+    return BlockParts(
         heads=HeadLayout.consecutive(heads, heads, config.hidden_size // heads),
         arrangement=Arrangement.SEQUENTIAL if config.do_layer_norm_before else Arrangement.POST_NORM,
         norm=NormKind.LAYER,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.architectures.base import DecoderBlock, RotaryKind
+from autoq.architectures.base import BlockParts, RotaryKind
 from autoq.block_ops import MAX_HEAD_DIM, ActivationKind, BlockSettings, BlockTensors, decoder_block
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
@@ -79,7 +79,7 @@ def unfuse_blocks(model: PreTrainedModel) -> None:
 class _Parts:
     """The modules of a block that the operator stands in for, and their tensors as it wants them."""
 
-    def __init__(self, block: nn.Module, description: DecoderBlock) -> None:
+    def __init__(self, block: nn.Module, description: BlockParts) -> None:
         def part(name: str | None) -> Any:  # modules of many types, most of whose attributes have none
             return None if name is None else block.get_submodule(name)
 
@@ -104,7 +104,7 @@ class _Parts:
             self._places.append((block.get_submodule(parent)._modules, leaf, block.get_submodule(name)))
 
     @classmethod
-    def of(cls, block: nn.Module, description: DecoderBlock) -> _Parts | None:
+    def of(cls, block: nn.Module, description: BlockParts) -> _Parts | None:
         """The parts of a block, or None if the operator cannot run it."""
         try:
             parts = cls(block, description)
