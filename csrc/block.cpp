@@ -1,21 +1,22 @@
 // One decoder block of any family in one call, on the CPU: norm, q/k/v, attention over the cache, output projection,
 // norm, MLP, residuals. What the families differ in are the settings; their meaning, their order and the reference in
 // plain torch are in autoq/block_ops.py.
-#include "cpu/block.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
 #include <string>
 
+#include "cpu/kernels.h"
 #include "ops.h"
 
 namespace autoq {
 namespace {
 
 using cpu::AttentionInput;
-using cpu::block_kernels;
+
+// The kernels in use.
+const cpu::BlockKernels& block_kernels() { return *cpu::kernels().block; }
 
 // From so many tokens on torch's attention, which multiplies with matrix units, is faster than ours.
 constexpr int64_t kManyTokens = 16;

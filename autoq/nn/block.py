@@ -9,6 +9,7 @@ goes through the block's own forward, with the same result.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from autoq.block_ops import MAX_HEAD_DIM, ActivationKind, BlockSettings, BlockTe
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
-from autoq.ops import LANES, PackedWeight
+from autoq.ops import LANES, MODES, PackedWeight
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -283,7 +284,8 @@ class FusedForward:
         self._table = table
         self._quantized_cache = quantized_cache
         settings = parts.settings()
-        self._integers, self._constants = settings.integers(), settings.constants()
+        self._integers = {mode: replace(settings, int8=mode == "int8").integers() for mode in MODES}
+        self._constants = settings.constants()
         self._collect()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,7 +342,6 @@ class FusedForward:
         modes = {linear.mode for linear in self._parts.linears}
         if len(modes) > 1:
             return None
-        self._integers[-1] = int("int8" in modes)
         description = self._parts.description
         heads = description.heads
         batch, tokens, _ = hidden.shape
@@ -360,7 +361,7 @@ class FusedForward:
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
             hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
-            self._tensors, self._integers, self._constants,
+            self._tensors, self._integers[modes.pop()], self._constants,
         )  # fmt: skip
         if layer is not None:
             layer.advance(tokens)

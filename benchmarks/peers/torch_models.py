@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import platform
 from typing import Any
 
@@ -27,8 +28,9 @@ class _TorchModel(ModelWorker):
             "transformers": transformers.__version__,
         }
 
+    @abc.abstractmethod
     def _load_model(self, path: str, **options: Any) -> Any:
-        raise NotImplementedError
+        """The model in a directory."""
 
     def _open(self, path: str, **options: Any) -> int:
         self._model = self._load_model(path, **options).eval()

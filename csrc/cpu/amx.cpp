@@ -212,8 +212,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
 
 }  // namespace
 
-const Kernels amx_kernels = {prepare_avx512,       multiply_avx512, element,
-                             prepare_tiles_avx512, multiply_tiles,  dequantize_avx512};
+const Kernels amx_kernels = {prepare_avx512, multiply_avx512,   element,      prepare_tiles_avx512,
+                             multiply_tiles, dequantize_avx512, &avx512_block};
 
 }  // namespace autoq::cpu
 

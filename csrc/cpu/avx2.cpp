@@ -492,7 +492,7 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels avx2_kernels = {prepare, multiply, element, prepare_tiles, multiply_tiles, dequantize};
+const Kernels avx2_kernels = {prepare, multiply, element, prepare_tiles, multiply_tiles, dequantize, &avx2_block};
 
 }  // namespace autoq::cpu
 

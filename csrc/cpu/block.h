@@ -110,6 +110,10 @@ struct BlockKernels {
                    int64_t tokens);
 };
 
-const BlockKernels& block_kernels();
+extern const BlockKernels portable_block;
+#if defined(__x86_64__)
+extern const BlockKernels avx2_block;
+extern const BlockKernels avx512_block;
+#endif
 
 }  // namespace autoq::cpu

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "block.h"
@@ -16,7 +15,7 @@
 #pragma GCC diagnostic pop
 #endif
 
-#include "kernels.h"
+#include "dispatch.h"
 
 // Functions that take vectors are inlined, so how a call would pass them does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -33,18 +32,6 @@
 
 namespace autoq::cpu {
 namespace {
-
-template <class Function>
-void with_dtype(Float dtype, Function&& function) {
-    switch (dtype) {
-        case Float::kFloat32:
-            return function(std::integral_constant<Float, Float::kFloat32>{});
-        case Float::kBFloat16:
-            return function(std::integral_constant<Float, Float::kBFloat16>{});
-        default:
-            return function(std::integral_constant<Float, Float::kFloat16>{});
-    }
-}
 
 // Floats that a thread keeps between calls, at the start of a cache line: registers that cross one load at half speed.
 float* floats_of_thread(size_t count) {
@@ -80,13 +67,10 @@ AUTOQ_END_TARGET
 
 }  // namespace
 
-const BlockKernels& block_kernels() {
+const BlockKernels portable_block = portable::kernels_of_set;
 #if defined(__x86_64__)
-    const std::string set = capability();
-    if (set == "avx2") return avx2::kernels_of_set;
-    if (set != "portable") return avx512::kernels_of_set;
+const BlockKernels avx2_block = avx2::kernels_of_set;
+const BlockKernels avx512_block = avx512::kernels_of_set;
 #endif
-    return portable::kernels_of_set;
-}
 
 }  // namespace autoq::cpu

@@ -436,6 +436,6 @@ void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t co
     with_dtype(input.dtype, [&](auto kind) { attend_heads<kind()>(input, batch, head, count, first, tokens); });
 }
 
-const BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
+constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
 
 #undef AUTOQ_VECTOR

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "block.h"
 #include "fixed_point.h"
 #include "tiles.h"
 
@@ -25,6 +26,8 @@ struct Kernels {
                            int64_t begin, int64_t end);
     // Writes row blocks [begin, end) as dense rows; row `begin * 16` of the weight is the first row at `dense`.
     void (*dequantize)(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end);
+    // The steps of a decoder block between its linears.
+    const BlockKernels* block;
 };
 
 extern const Kernels portable_kernels;
