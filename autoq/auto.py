@@ -120,7 +120,7 @@ class AutoQForCausalLM(nn.Module):
         device_map: "auto", "balanced", "sequential", a device, or a dict from module names to devices ("disk" among
             them, which keeps the weights in `offload_folder`); max_memory: the bytes each device may hold.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
-        mode: of the linears on a CPU where there are more than 8 rows, as in a prompt: "exact", or "int8", which rounds
+        mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
         fuse_layers: decoder blocks on the CPU run in one native call each, without gradients, and give the same tokens;
             False runs transformers' own.

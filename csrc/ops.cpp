@@ -13,10 +13,6 @@
 namespace autoq {
 namespace {
 
-// Up to this many input rows, activations keep 22 bits or more whatever the mode, and each row costs about the same
-// beside the reading of the weight; with more rows, 13 to 15 bits (or 8) and tiles, in which a row costs far less.
-constexpr int64_t kFewRows = 8;
-
 // Rows are made into tiles so many at a time: their results for a panel of outputs lie in the second-level cache, and
 // unpacking the weight again for each part costs a few percent.
 constexpr int64_t kRowsAtATime = 512;
@@ -39,7 +35,9 @@ cpu::FixedPointRows fixed_point_rows(const PackedWeight& weight, const cpu::Inpu
     fixed.digits = cpu::digits_for(input.dtype);
     fixed.halves = weight.units * 2;
     fixed.blocks = weight.groups * cpu::blocks_per_group(weight);
-    const int64_t values = fixed.rows * fixed.halves * fixed.digits * kHalfColumns;
+    fixed.tile_rows = cpu::kernels().digit_tile_rows(fixed.rows, fixed.digits);
+    fixed.block_halves = std::min(weight.group_halves(), cpu::kBlockHalves);
+    const int64_t values = (fixed.value_bytes() + 3) / 4 * 4;
     const int64_t scales = fixed.rows * fixed.blocks;
     char* memory = scratch().get(values + 4 * scales * (1 + fixed.digits));
     fixed.values = reinterpret_cast<int8_t*>(memory);
@@ -152,7 +150,7 @@ Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, c
     if (rows == 0) return out;
     const cpu::InputRows input_rows{input.data_ptr(), float_of(dtype), rows};
     const cpu::OutputRows output_rows{out.data_ptr(), float_of(dtype), out_features, bias ? bias->data_ptr() : nullptr};
-    if (rows <= kFewRows) {
+    if (rows <= cpu::kernels().few_rows) {
         multiply_few(packed.weight, input_rows, output_rows);
     } else {
         multiply_many(packed.weight, input_rows, output_rows, static_cast<int64_t>(input.element_size()), mode);

@@ -228,8 +228,21 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, bits: int, capab
     alone = torch.cat([run_linear(row[None], weight) for row in input])
     if EXTENSION is None:
         pytest.skip("the reference multiplies with torch, whose results depend on the batch")
-    for rows in (2, 3, 4, 7, 8):
+    for rows in (2, 3, 4, 5, 7, 8):
         assert torch.equal(run_linear(input[:rows], weight), alone[:rows])
+
+
+@pytest.mark.skipif("amx" not in CAPABILITIES, reason="needs matrix units")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_matrix_units_sixteen_rows_are_few(dtype: torch.dtype, bits: int) -> None:
+    """Every number of rows, and so of tiles, gives what each row gives alone."""
+    assert EXTENSION is not None
+    for group_size, in_features in [(16, 80), (64, 320), (128, 640), (-1, 600)]:
+        weight, input = make_weight(50, in_features, bits, group_size), make_input(16, in_features, dtype=dtype)
+        alone = torch.cat([run_linear(row[None], weight) for row in input])
+        for rows in range(5, 17):
+            assert torch.equal(run_linear(input[:rows], weight), alone[:rows])
 
 
 @needs_extension

@@ -99,10 +99,10 @@ class _Parts:
             description.mlp_norm, *description.up, description.activation, description.down,
             description.down.rpartition(".")[0], description.query_norm, description.key_norm,
         }  # fmt: skip
-        self._places = []
-        for name in filter(None, names):
-            parent, _, leaf = name.rpartition(".")
-            self._places.append((block.get_submodule(parent)._modules, leaf, block.get_submodule(name)))
+        modules = [(name.rpartition("."), block.get_submodule(name)) for name in filter(None, names)]
+        self._places = [(block.get_submodule(parent)._modules, leaf, module) for (parent, _, leaf), module in modules]
+        self._pre_hooks = [module._forward_pre_hooks for _, module in modules]
+        self._hooks = [module._forward_hooks for _, module in modules]
 
     @classmethod
     def of(cls, block: nn.Module, description: BlockParts) -> _Parts | None:
@@ -130,14 +130,13 @@ class _Parts:
 
     def untouched(self) -> bool:
         """Whether the modules are still those of the block, and nobody watches or changes what goes through them."""
-        if nn.modules.module._has_any_global_hook():
+        if nn.modules.module._has_any_global_hook() or any(self._pre_hooks):
             return False
-        for siblings, leaf, module in self._places:
-            if siblings.get(leaf) is not module or "forward" in module.__dict__ or module._forward_pre_hooks:
-                return False
-            if module._forward_hooks and not all(_is_idle(hook) for hook in module._forward_hooks.values()):
-                return False
-        return True
+        if any(
+            siblings.get(leaf) is not module or "forward" in module.__dict__ for siblings, leaf, module in self._places
+        ):
+            return False
+        return not any(self._hooks) or all(_is_idle(hook) for hooks in self._hooks for hook in hooks.values())
 
     def sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors come from: the dicts of the modules that hold them, and their names in these."""
@@ -204,9 +203,9 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or "attentions" not in collected
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when the values do: the version, or the memory when somebody assigns to `.data`."""
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+def _version(tensor: Tensor) -> int:
+    """What changes when the values do; inference tensors keep none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _epsilon(norm: Any) -> float:
@@ -252,18 +251,18 @@ class _RotaryTable:
     """Cosines and sines of the tokens of one forward pass, looked up by the first block and used by all."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, int, Tensor, Tensor] | None = None
 
     def at(self, positions: Tensor, embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """embeddings: `[positions, sines | cosines]`, as GPT-J keeps them."""
         last = self._last
         if last is not None and last[0] is positions and not positions.is_inference():
-            _, state, cosines, sines = last
-            if state == _state(positions) and cosines.dtype == dtype:
+            _, version, address, cosines, sines = last
+            if version == positions._version and address == positions.data_ptr() and cosines.dtype == dtype:
                 return cosines, sines
         sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
         cosines, sines = cosines.contiguous(), sines.contiguous()
-        self._last = (positions, _state(positions), cosines, sines)
+        self._last = (positions, _version(positions), positions.data_ptr(), cosines, sines)
         return cosines, sines
 
 
@@ -301,21 +300,25 @@ class FusedForward:
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._parts.tensors()
         self._tensors = list(tensors)
-        self._sources: list[tuple[dict[str, Any], str, Tensor, tuple[int, int]]] = [
-            (place, name, place[name], _state(place[name]))
-            for place, name in self._parts.sources()
-            if place[name] is not None
+        self._sources = [
+            (*source, tensor) for source in self._parts.sources() if (tensor := source[0][source[1]]) is not None
         ]
+        self._held = [tensor for _, _, tensor in self._sources]
+        self._versioned = [tensor for tensor in self._held if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._versioned]
+        self._addresses = [tensor.data_ptr() for tensor in self._held]
         packed = {f"{linear}_{leaf}" for linear in ("qkv", "output", "up", "down") for leaf in PackedWeight._fields}
         vectors = {name: tensor for name, tensor in tensors._asdict().items() if name not in packed}
         self._dtypes = {vector.dtype for vector in vectors.values() if vector.numel()}
 
     def _is_current(self) -> bool:
         """Whether the tensors are still those of the modules, with the values they had."""
-        for place, name, tensor, state in self._sources:
-            if place.get(name) is not tensor or _state(tensor) != state:
-                return False
-        return True
+        # An assignment to `.data` changes the address and no version.
+        return (
+            all(place.get(name) is tensor for place, name, tensor in self._sources)
+            and [tensor._version for tensor in self._versioned] == self._versions
+            and [tensor.data_ptr() for tensor in self._held] == self._addresses
+        )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self._block()
@@ -329,7 +332,7 @@ class FusedForward:
         """The block's output, or None where its own forward has to make it."""
         if block.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None
-        if options.get("output_attentions") or self._config._attn_implementation not in _ATTENTIONS:
+        if options.get("output_attentions") or self._attention_implementation() not in _ATTENTIONS:
             return None
         if not self._parts.untouched():
             return None
@@ -367,10 +370,18 @@ class FusedForward:
             layer.advance(tokens)
         return output
 
+    def _attention_implementation(self) -> Any:
+        # Every attribute of a config is looked up through Python, which for all blocks takes half a millisecond.
+        name = "_attn_implementation_internal"
+        attributes = self._config.__dict__
+        if name in attributes:
+            return attributes[name]
+        return self._config._attn_implementation
+
     def _needs_gradients(self, hidden: Tensor) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return hidden.requires_grad or any(tensor.requires_grad for _, _, tensor, _ in self._sources)
+        return hidden.requires_grad or any(tensor.requires_grad for tensor in self._held)
 
     def _rotary(self, hidden: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         kind = self._parts.description.rotary

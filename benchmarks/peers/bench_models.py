@@ -27,6 +27,9 @@ class Engine(NamedTuple):
 
 ENGINES = {
     "autoq": Engine("autoq", "torch_models", "AutoQ", "asymmetric", "asymmetric"),
+    "autoq, 8-bit head": Engine("autoq", "torch_models", "AutoQ", "asymmetric_head8", "asymmetric_head8"),
+    "autoq, 4-bit head": Engine("autoq", "torch_models", "AutoQ", "asymmetric_head4", "asymmetric_head4"),
+    "autoq 3 bits, 4-bit head": Engine("autoq", "torch_models", "AutoQ", "3bit_head4", "3bit_head4"),
     "llama.cpp Q4_0": Engine("llama.cpp", "llamacpp", "LlamaCpp", "Q4_0.gguf", "symmetric"),
     "llama.cpp Q4_1": Engine("llama.cpp", "llamacpp", "LlamaCpp", "Q4_1.gguf", "asymmetric"),
     "llama.cpp Q4_K_M": Engine("llama.cpp", "llamacpp", "LlamaCpp", "Q4_K_M.gguf", "bf16"),

@@ -18,7 +18,16 @@ try:
 except ImportError:
     gguf_files = None  # type: ignore[assignment]
 
+# The quantized models, by the name of their files.
+_CONFIGS = {
+    "asymmetric": QuantConfig(),
+    "symmetric": QuantConfig(zero_point=False),
+    "asymmetric_head8": QuantConfig(lm_head_bits=8),
+    "asymmetric_head4": QuantConfig(lm_head_bits=4),
+    "3bit_head4": QuantConfig(bits=3, lm_head_bits=4),
+}
 _GROUP = 128
+_IN_GGUF = ("asymmetric", "symmetric", "bf16")
 _PROMPT = 16  # tokens of which the reference logits are kept
 _CHECKED_ROWS = 64  # rows of activations of which the reference product is kept
 _OUTLIERS = 64  # one channel in so many is an outlier, 30 times as large
@@ -36,8 +45,9 @@ class Prepare:
     def model(self, shape: str, layers: int | None, folder: str, kind: str) -> dict[str, int]:
         """Writes `kind`, a transformers checkpoint, `kind.gguf` and `kind.npz`, the logits it should give.
 
-        kind: `asymmetric` or `symmetric`, quantized to 4 bits by round to nearest in groups of 128; `bf16`, as it is.
-            Their GGUF has the same codes and scales as Q4_1 and Q4_0, with embeddings and head in bf16.
+        kind: one of those above, quantized by round to nearest in groups of 128, or `bf16`, as it is. Only for
+            `asymmetric`, `symmetric` and `bf16` there is a GGUF; it has the same codes and scales, as Q4_1 and Q4_0,
+            with embeddings and head in bf16.
         Returns the `cache_bytes` of a token.
         """
         model = random_model(shape, torch.bfloat16, layers)
@@ -45,9 +55,8 @@ class Prepare:
         if kind == "bf16":
             model.save_pretrained(target)
         else:
-            config = QuantConfig(group_size=_GROUP, zero_point=kind == "asymmetric")
-            round_to_nearest(model, config).save_quantized(target)
-        if gguf_files is not None:
+            round_to_nearest(model, _CONFIGS[kind]).save_quantized(target)
+        if gguf_files is not None and kind in _IN_GGUF:
             gguf_files.write(model, target.with_suffix(".gguf"))
         if kind != "bf16":
             model.float()  # the reference is exact: quantized weights are multiplied as they are, in fp32

@@ -1,33 +1,18 @@
-// The kernels for processors with matrix units (Intel AMX). Few rows, and everything around the products, are the
-// AVX-512 kernels'.
+// Many rows on processors with matrix units (Intel AMX). Everything around the products is the AVX-512 kernels'.
 //
 // An instruction multiplies a tile of 16 rows of activations with one of 16 outputs' weights, 64 columns of bytes or 32
 // of bf16, in 16 cycles. Four tiles of sums stay in registers, two of activations times two of weights.
 #if defined(__x86_64__)
 
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "amx.h"
 
-#include "avx512.h"
 #include "dispatch.h"
 
-#define AUTOQ_TARGET \
-    __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
-#define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
+#define AUTOQ_TARGET AUTOQ_AMX
+#define AUTOQ_INLINE AUTOQ_AMX __attribute__((always_inline)) inline
 
 namespace autoq::cpu {
 namespace {
-
-// The eight tile registers, each with 16 rows of 64 bytes.
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {0};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 constexpr int kSums = 4;  // tile registers 0 to 3
 
@@ -203,7 +188,6 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
     } else if (tiles.rounding.mode == Mode::kExact) {
         multiply = shifted ? multiply_panel<Pair::kWord, true> : multiply_panel<Pair::kWord, false>;
     }
-    // Static: GCC believes that the instruction reads eight bytes, and may leave out writing the others.
     static const TileConfiguration configuration;
     _tile_loadconfig(&configuration);
     multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
@@ -212,8 +196,9 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
 
 }  // namespace
 
-const Kernels amx_kernels = {prepare_avx512, multiply_avx512,   element,      prepare_tiles_avx512,
-                             multiply_tiles, dequantize_avx512, &avx512_block};
+const Kernels amx_kernels = {16,           digit_tile_rows_amx,  prepare_avx512, multiply_few_amx,
+                             element,      prepare_tiles_avx512, multiply_tiles, dequantize_avx512,
+                             &avx512_block};
 
 }  // namespace autoq::cpu
 

@@ -131,7 +131,7 @@ AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& inp
 
 void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
              int64_t end) {
-    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<3>, weight, input, fixed, begin, end);
+    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<2>, weight, input, fixed, begin, end);
 }
 
 // ---- multiplication ----------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRo
 void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
               int64_t end) {
     with_bits(weight.bits, [&](auto bits) {
-        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 3>)(weight, fixed, output, begin, end);
+        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 2>)(weight, fixed, output, begin, end);
     });
 }
 
@@ -492,7 +492,8 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels avx2_kernels = {prepare, multiply, element, prepare_tiles, multiply_tiles, dequantize, &avx2_block};
+const Kernels avx2_kernels = {8,          no_digit_tiles, prepare, multiply, element, prepare_tiles, multiply_tiles,
+                              dequantize, &avx2_block};
 
 }  // namespace autoq::cpu
 

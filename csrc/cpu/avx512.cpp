@@ -1,62 +1,15 @@
 // The kernels for AVX-512 with VNNI. One register holds the same columns of 16 output rows.
 #if defined(__x86_64__)
 
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "avx512.h"
+
 #include "dispatch.h"
 
-#define AUTOQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
-#define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline
+#define AUTOQ_TARGET AUTOQ_AVX512
+#define AUTOQ_INLINE AUTOQ_AVX512_INLINE
 
 namespace autoq::cpu {
 namespace {
-
-// Sixteen values as fp32; those that `mask` leaves out are zero and are not read.
-AUTOQ_INLINE __m512 load_values(const void* data, Float dtype, int64_t index, __mmask16 mask) {
-    if (dtype == Float::kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
-    const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index);
-    if (dtype == Float::kFloat16) return _mm512_cvtph_ps(bits);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// The bf16 nearest to each value, ties to even, in the low half of each lane.
-AUTOQ_INLINE __m512i round_to_bf16(__m512 values) {
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-}
-
-AUTOQ_INLINE void store_values(void* data, Float dtype, int64_t index, __mmask16 mask, __m512 values) {
-    if (dtype == Float::kFloat32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, values);
-        return;
-    }
-    const __m256i bits = dtype == Float::kFloat16 ? _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT)
-                                                  : _mm512_cvtepi32_epi16(round_to_bf16(values));
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, bits);
-}
-
-AUTOQ_INLINE __mmask16 first_lanes(int64_t count) {
-    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// Sixteen outputs of a row, with the bias, leaving out the padding.
-AUTOQ_INLINE void store_results(__m512 result, const PackedWeight& weight, const OutputRows& output, int64_t row,
-                                int64_t row_block) {
-    const int64_t first = row_block * kLanes;
-    const __mmask16 mask = first_lanes(weight.out_features - first);
-    if (output.bias) result = _mm512_add_ps(result, load_values(output.bias, output.dtype, first, mask));
-    store_values(output.data, output.dtype, row * output.stride + first, mask, result);
-}
 
 // ---- activations -------------------------------------------------------------------------------------------------
 
@@ -81,7 +34,8 @@ AUTOQ_INLINE uint32_t load_block(const PackedWeight& weight, const InputRows& in
     return _mm512_reduce_max_epu32(largest);
 }
 
-template <int DIGITS>
+// `TILES`: for matrix units.
+template <int DIGITS, bool TILES>
 AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed,
                                 int64_t row, int64_t block, int64_t begin, int64_t end, const int8_t* columns) {
     __m512 values[kBlockHalves];
@@ -93,13 +47,21 @@ AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& inp
     for (int d = 0; d < DIGITS; ++d) sums[d] = _mm_setzero_si128();
     for (int64_t half = begin; half < end; ++half) {
         __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(values[half - begin], to_integer));
-        int8_t* out = fixed.half(row, half);
-        for (int d = 0; d < DIGITS; ++d) {
+        int8_t* out = TILES ? fixed.half_in_tile(row, block, half - begin) : fixed.half(row, half);
+        for (int d = 0; d < DIGITS; ++d, out += TILES ? kTileColumns : kHalfColumns) {
             const __m128i digit = _mm512_cvtepi32_epi8(rest);  // the low bytes
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d * kHalfColumns), _mm_shuffle_epi8(digit, order));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(digit, order));
             sums[d] = _mm_dpbusd_epi32(sums[d], _mm_set1_epi8(1), digit);
             // (rest - digit) / 256, the digit being the low byte with its sign
             rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+        }
+    }
+    if constexpr (TILES) {
+        for (int64_t half = end - begin; half % kTileHalves != 0; ++half) {
+            int8_t* out = fixed.half_in_tile(row, block, half);
+            for (int d = 0; d < DIGITS; ++d, out += kTileColumns) {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_setzero_si128());
+            }
         }
     }
     fixed.scales[row * fixed.blocks + block] = scale.to_float;
@@ -108,98 +70,53 @@ AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& inp
 
 // ---- multiplication ----------------------------------------------------------------------------------------------
 
-// The codes of one half of a unit (16 columns of 16 rows) as bytes: register p has in each lane the four columns
-// `column_of(BITS, 4 * p + byte)`.
-template <int BITS>
-AUTOQ_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512i (&out)[4]) {
-    if constexpr (BITS == 8) {
-        for (int p = 0; p < 4; ++p) out[p] = _mm512_loadu_si512(codes + (half * 4 + p) * kLanes);
-    } else if constexpr (BITS == 4) {
-        const __m512i mask = _mm512_set1_epi8(0x0f);
-        for (int w = 0; w < 2; ++w) {
-            const __m512i word = _mm512_loadu_si512(codes + (half * 2 + w) * kLanes);
-            out[2 * w] = _mm512_and_si512(word, mask);
-            out[2 * w + 1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), mask);
-        }
-    } else {
-        const __m512i mask = _mm512_set1_epi8(0x03);
-        const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
-        const __m512i low = _mm512_loadu_si512(unit + (half % 2) * kLanes);
-        for (int p = 0; p < 4; ++p) out[p] = _mm512_and_si512(_mm512_srli_epi32(low, 2 * p), mask);
-        if constexpr (BITS == 3) {
-            // The half's sixteen high bits, spread to four in the low half of each byte: bit p of byte b is the
-            // high bit of column 4 * b + p.
-            const unsigned shift = static_cast<unsigned>(half % 2) * 16;
-            __m512i high = _mm512_srli_epi32(_mm512_loadu_si512(unit + 2 * kLanes), shift);
-            high = _mm512_and_si512(high, _mm512_set1_epi32(0xffff));
-            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 8));
-            high = _mm512_and_si512(high, _mm512_set1_epi32(0x00ff00ff));
-            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 4));
-            const __m512i bit = _mm512_set1_epi8(0x04);
-            for (int p = 0; p < 4; ++p) {
-                const __m512i moved = p < 2 ? _mm512_slli_epi32(high, 2 - p) : _mm512_srli_epi32(high, p - 2);
-                out[p] = _mm512_or_si512(out[p], _mm512_and_si512(moved, bit));
-            }
-        }
-    }
-}
-
-// Codes are asked for this far ahead of their use, farther than the hardware prefetchers look and across pages, at
-// which they stop: without it, one core read 7 GB/s where it now reads 12. Into the second level, which can wait for
-// more lines at a time than the first.
-constexpr int64_t kPrefetchBytes = 4096;
-
-template <int BITS>
-AUTOQ_INLINE void prefetch_half(const uint32_t* codes, int64_t half) {
-    constexpr int kHalfBytes = 2 * BITS * kLanes;
-    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + kPrefetchBytes;
-    for (int line = 0; line < (kHalfBytes + 63) / 64; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
+// Adds to each of 16 sums the products of four codes with the same four digits, which the instruction reads from
+// memory. GCC would copy every sum to another register and back.
+AUTOQ_INLINE void add_products(__m512i& sums, __m512i codes, const int8_t* digits) {
+    using Four = int8_t[4];
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const Four*>(digits)));
 }
 
 // Adds one block, the halves [begin, end) of `ROWS` input rows, to the results of 16 outputs.
 template <int BITS, int DIGITS, int ROWS>
 AUTOQ_INLINE void multiply_block(const uint32_t* codes, const FixedPointRows& fixed, int64_t row, int64_t block,
                                  int64_t begin, int64_t end, __m512 zero, __m512 scale, __m512 (&result)[ROWS]) {
-    // An accumulator can take one dot product every five cycles; with few rows, several in turn keep both vector
-    // units busy. Integer sums are exact, so their number does not change the result.
-    constexpr int kSets = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+    // An accumulator can take one dot product every five cycles; with few rows, several in turn keep the vector units
+    // busy. Integer sums are exact, so their number does not change the result. The odd ones are of shifted codes.
+    constexpr int kSets = ROWS == 1 ? 4 : 2;
     __m512i dots[ROWS][DIGITS][kSets];
     for (auto& of_row : dots)
         for (auto& of_digit : of_row)
             for (__m512i& dot : of_digit) dot = _mm512_setzero_si512();
     const int8_t* digits[ROWS];
-    for (int r = 0; r < ROWS; ++r) digits[r] = fixed.values + (row + r) * fixed.halves * DIGITS * kHalfColumns;
+    for (int r = 0; r < ROWS; ++r) digits[r] = fixed.half(row + r, begin);
     for (int64_t half = begin; half < end; ++half) {
         __m512i unpacked[4];
         prefetch_half<BITS>(codes, half);
-        unpack_half<BITS>(codes, half, unpacked);
+        unpack_half<BITS, true>(codes, half, unpacked);
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
                 for (int d = 0; d < DIGITS; ++d) {
-                    int32_t four;
-                    std::memcpy(&four, digits[r] + (half * DIGITS + d) * kHalfColumns + 4 * p, 4);
-                    __m512i& dot = dots[r][d][p % kSets];
-                    dot = _mm512_dpbusd_epi32(dot, unpacked[p], _mm512_set1_epi32(four));
+                    add_products(dots[r][d][p % kSets], unpacked[p], digits[r] + d * kHalfColumns + 4 * p);
                 }
             }
         }
+        for (const int8_t*& of_row : digits) of_row += DIGITS * kHalfColumns;
     }
     for (int r = 0; r < ROWS; ++r) {
-        const int64_t index = (row + r) * fixed.blocks + block;
-        __m512 value = _mm512_setzero_ps();
-        for (int d = DIGITS - 1; d >= 0; --d) {  // combine_digits
-            __m512i dot = dots[r][d][0];
-            for (int set = 1; set < kSets; ++set) dot = _mm512_add_epi32(dot, dots[r][d][set]);
-            const __m512 sum = _mm512_set1_ps(fixed.sums[index * DIGITS + d]);
-            const __m512 centred = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(dot));
-            value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f), centred);
+        __m512i sums[DIGITS];
+        for (int d = 0; d < DIGITS; ++d) {
+            __m512i even = dots[r][d][0], odd = dots[r][d][1];
+            if constexpr (kSets == 4) {
+                even = _mm512_add_epi32(even, dots[r][d][2]);
+                odd = _mm512_add_epi32(odd, dots[r][d][3]);
+            }
+            sums[d] = _mm512_add_epi32(even, _mm512_srai_epi32(odd, odd_shift(BITS)));
         }
-        value = _mm512_mul_ps(value, _mm512_set1_ps(fixed.scales[index]));
-        // Multiplied and added in two roundings, as on processors without fused multiply-add.
-        result[r] = _mm512_add_ps(result[r], _mm512_mul_ps(scale, value));
+        result[r] = add_digits<DIGITS>(result[r], sums, fixed, (row + r) * fixed.blocks + block, zero, scale);
     }
 }
 
@@ -212,10 +129,7 @@ AUTOQ_TARGET void multiply_tile(const PackedWeight& weight, const FixedPointRows
     for (__m512& lanes : result) lanes = _mm512_setzero_ps();
     int64_t block = 0;
     for (int64_t group = 0; group < weight.groups; ++group) {
-        const int64_t parameters = (row_block * weight.groups + group) * kLanes;
-        const __m128i zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.zeros + parameters));
-        const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
-        const __m512 scale = load_values(weight.scales, Float::kFloat16, parameters, 0xffff);
+        const __m512 zero = load_zeros(weight, row_block, group), scale = load_scales(weight, row_block, group);
         for (int64_t half = 0; half < halves; half += kBlockHalves, ++block) {
             const int64_t stop = half + kBlockHalves < halves ? half + kBlockHalves : halves;
             multiply_block<BITS, DIGITS, ROWS>(codes, fixed, row, block, group * halves + half, group * halves + stop,
@@ -530,7 +444,9 @@ AUTOQ_TARGET void dequantize_rows(const PackedWeight& weight, void* dense, int64
 
 void prepare_avx512(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
                     int64_t end) {
-    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<3>, weight, input, fixed, begin, end);
+    auto prepare = fixed.digits == 4 ? prepare_block<4, false> : prepare_block<2, false>;
+    if (fixed.tile_rows > 0) prepare = fixed.digits == 4 ? prepare_block<4, true> : prepare_block<2, true>;
+    prepare_digits(prepare, weight, input, fixed, begin, end);
 }
 
 void prepare_tiles_avx512(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
@@ -562,7 +478,7 @@ AUTOQ_TARGET void store_panel_avx512(const ActivationTiles& rows, const Panel& p
 void multiply_avx512(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
                      int64_t end) {
     with_bits(weight.bits, [&](auto bits) {
-        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 3>)(weight, fixed, output, begin, end);
+        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 2>)(weight, fixed, output, begin, end);
     });
 }
 
@@ -573,8 +489,15 @@ void dequantize_avx512(const PackedWeight& weight, void* dense, Float dtype, int
     });
 }
 
-const Kernels avx512_kernels = {prepare_avx512, multiply_avx512,   element,      prepare_tiles_avx512,
-                                multiply_tiles, dequantize_avx512, &avx512_block};
+const Kernels avx512_kernels = {8,
+                                no_digit_tiles,
+                                prepare_avx512,
+                                multiply_avx512,
+                                element,
+                                prepare_tiles_avx512,
+                                multiply_tiles,
+                                dequantize_avx512,
+                                &avx512_block};
 
 }  // namespace autoq::cpu
 

@@ -11,8 +11,14 @@
 
 namespace autoq::cpu {
 
+inline int64_t no_digit_tiles(int64_t, int) { return 0; }
+
 struct Kernels {
-    // Few rows: fills rows [begin, end) of `fixed` from the input.
+    // Up to how many rows are few: each costs little beside the reading of the weight.
+    int64_t few_rows;
+    // How many of them share a tile (`FixedPointRows::tile_rows`), or 0.
+    int64_t (*digit_tile_rows)(int64_t rows, int digits);
+    // Fills rows [begin, end) of `fixed` from the input.
     void (*prepare)(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
                     int64_t end);
     // Multiplies all rows with the weight's row blocks [begin, end).
