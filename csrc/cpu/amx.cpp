@@ -5,15 +5,9 @@
 // of bf16, in 16 cycles. Four tiles of sums stay in registers, two of activations times two of weights.
 #if defined(__x86_64__)
 
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "avx512.h"
 #include "dispatch.h"
+#include "intrinsics.h"
 
 #define AUTOQ_TARGET \
     __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))

@@ -1,15 +1,10 @@
 // The kernels for AVX-512 with VNNI. One register holds the same columns of 16 output rows.
 #if defined(__x86_64__)
 
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "avx512.h"
+
 #include "dispatch.h"
+#include "intrinsics.h"
 
 #define AUTOQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline

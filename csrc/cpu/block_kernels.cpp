@@ -5,17 +5,11 @@
 #include <vector>
 
 #include "block.h"
+#include "dispatch.h"
 
 #if defined(__x86_64__)
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "intrinsics.h"
 #endif
-
-#include "dispatch.h"
 
 // Functions that take vectors are inlined, so how a call would pass them does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
