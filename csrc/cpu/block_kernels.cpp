@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include "intrinsics.h"
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Functions that take vectors are inlined, so how a call would pass them does not matter.
@@ -36,7 +38,11 @@ float* floats_of_thread(size_t count) {
 }
 
 namespace portable {
+#if defined(__aarch64__)
+#define AUTOQ_LEVEL 128  // every such processor has NEON
+#else
 #define AUTOQ_LEVEL 0
+#endif
 #include "block_kernels.h"
 #undef AUTOQ_LEVEL
 }  // namespace portable

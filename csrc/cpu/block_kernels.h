@@ -62,7 +62,7 @@ AUTOQ_VECTOR Lanes sigmoid_weighted(Lanes x, Lanes argument) { return x / (1.0f 
 
 // erf by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
 AUTOQ_VECTOR Lanes gelu(Lanes x) {
-    const Lanes z = (x < 0.0f ? -x : x) * 0.70710678f;
+    const Lanes z = larger(x, -x) * 0.70710678f;
     const Lanes t = 1.0f / multiply_add(z, all_lanes(0.3275911f), all_lanes(1.0f));
     Lanes sum = all_lanes(1.061405429f);
     sum = multiply_add(sum, t, all_lanes(-1.453152027f));
@@ -70,13 +70,13 @@ AUTOQ_VECTOR Lanes gelu(Lanes x) {
     sum = multiply_add(sum, t, all_lanes(-0.284496736f));
     sum = multiply_add(sum, t, all_lanes(0.254829592f));
     const Lanes tail = 0.5f * sum * t * exponential(-z * z);  // (1 - erf(z)) / 2
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+    return x * where_less(x, Lanes{}, tail, 1.0f - tail);
 }
 
 AUTOQ_VECTOR Lanes activation(ActivationKind kind, Lanes x) {
     switch (kind) {
         case ActivationKind::kRelu:
-            return x < 0.0f ? Lanes{} : x;  // NaN stays
+            return where_less(x, Lanes{}, Lanes{}, x);  // NaN stays
         case ActivationKind::kSilu:
             return sigmoid_weighted(x, x);
         case ActivationKind::kGelu:
@@ -111,7 +111,7 @@ AUTOQ_VECTOR void read_head(const AttentionInput& input, const Norm& norm, int64
         Lanes value = load_some<DTYPE>(input.qkv, index + column, count);
         if (input.clip > 0.0f) {
             const Lanes bound = all_lanes(input.clip);
-            value = value > bound ? bound : (value < -bound ? -bound : value);
+            value = where_less(bound, value, bound, where_less(value, -bound, -bound, value));
         }
         store<Float::kFloat32>(head, column, value);
     });

@@ -336,7 +336,7 @@ void test_block() {
             for (int64_t columns : {1, 16, 37, 128}) {
                 const std::string what = name + ", " + name_of(dtype) + ", " + std::to_string(columns) + " columns:";
                 test_norm(of_set, what, dtype, columns);
-                test_add(of_set, what, dtype, columns);
+                test_add(of_set, what, dtype, kRows * columns + 6);  // of one sum, cancellation may leave nothing
                 test_activation(of_set, what, dtype, columns);
             }
         }
