@@ -24,10 +24,7 @@ AUTOQ_VECTOR void norm_row(const Norm& norm, const void* input, void* output, in
     }
     for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         Lanes value = load_some<DTYPE>(input, from + column, count) - all_lanes(mean);
-        if (count < 16) {  // the lanes behind the row are not values
-            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            value = lane < static_cast<int32_t>(count) ? value : Lanes{};
-        }
+        if (count < 16) value = first_lanes(value, count);  // the lanes behind the row are not values
         squares = multiply_add(value, value, squares);
     });
     const float inverse = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(columns) + norm.epsilon);
@@ -276,15 +273,23 @@ void widen_cache(const CacheView& cache, void* output, int64_t size, int64_t beg
     }
 }
 
+// So many vectors of sums do registers hold.
+constexpr int kTogether = AUTOQ_LEVEL == 512 ? 16 : 4;
+
 // Scores of one query with `count` keys, whose rows are there for a multiple of sixteen.
 AUTOQ_VECTOR void score_chunk(const float* query, const float* keys, int64_t count, int64_t padded, float* scores) {
     for (int64_t position = 0; position < count; position += 16) {
-        Lanes sums[16] = {};
-        for (int64_t column = 0; column < padded; column += 16) {
-            const Lanes value = load<Float::kFloat32>(query, column);
-            for (int i = 0; i < 16; ++i) {
-                sums[i] = multiply_add(value, load<Float::kFloat32>(keys, (position + i) * padded + column), sums[i]);
+        Lanes sums[16];
+        for (int first = 0; first < 16; first += kTogether) {
+            Lanes some[kTogether] = {};
+            for (int64_t column = 0; column < padded; column += 16) {
+                const Lanes value = load<Float::kFloat32>(query, column);
+                for (int i = 0; i < kTogether; ++i) {
+                    const int64_t key = (position + first + i) * padded;
+                    some[i] = multiply_add(value, load<Float::kFloat32>(keys, key + column), some[i]);
+                }
             }
+            for (int i = 0; i < kTogether; ++i) sums[first + i] = some[i];
         }
         store<Float::kFloat32>(scores, position, sums_of(sums));
     }
@@ -438,4 +443,5 @@ void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t co
 
 constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
 
+#undef AUTOQ_EACH_REGISTER
 #undef AUTOQ_VECTOR
