@@ -6,12 +6,6 @@ namespace {
 
 constexpr int64_t kRows = 5;
 
-std::vector<double> values_of(const Array& array) {
-    std::vector<double> values;
-    for (int64_t i = 0; i < array.count(); ++i) values.push_back(array[i]);
-    return values;
-}
-
 // ---- norm, add, activation -----------------------------------------------------------------------------------------
 
 void normalize(NormKind kind, float epsilon, double* values, int64_t count) {

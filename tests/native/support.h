@@ -85,6 +85,12 @@ class Array {
     std::vector<uint8_t> bytes_;
 };
 
+inline std::vector<double> values_of(const Array& array) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < array.count(); ++i) values.push_back(array[i]);
+    return values;
+}
+
 inline double relative_error(const Array& actual, const std::vector<double>& expected) {
     double error = 0.0, norm = 1e-300;
     for (size_t i = 0; i < expected.size(); ++i) {
