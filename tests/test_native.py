@@ -18,6 +18,8 @@ COMPILER = os.environ.get("CXX", "c++").split()
 ARM_COMPILER = ["aarch64-linux-gnu-g++"]
 ARM_EMULATOR = "qemu-aarch64"
 
+pytestmark = pytest.mark.timeout(900)  # half a minute on an idle machine, most of it the compiler's
+
 
 def build(compiler: list[str], folder: Path, *extra: str) -> Path:
     """The test program of tests/native, with the kernels as the extension has them."""
