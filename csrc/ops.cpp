@@ -29,26 +29,9 @@ cpu::Scratch& scratch() {
     return memory;
 }
 
-cpu::FixedPointRows fixed_point_rows(const PackedWeight& weight, const cpu::InputRows& input) {
-    cpu::FixedPointRows fixed{};
-    fixed.rows = input.rows;
-    fixed.digits = cpu::digits_for(input.dtype);
-    fixed.halves = weight.units * 2;
-    fixed.blocks = weight.groups * cpu::blocks_per_group(weight);
-    fixed.tile_rows = cpu::kernels().digit_tile_rows(fixed.rows, fixed.digits);
-    fixed.block_halves = std::min(weight.group_halves(), cpu::kBlockHalves);
-    const int64_t values = (fixed.value_bytes() + 3) / 4 * 4;
-    const int64_t scales = fixed.rows * fixed.blocks;
-    char* memory = scratch().get(values + 4 * scales * (1 + fixed.digits));
-    fixed.values = reinterpret_cast<int8_t*>(memory);
-    fixed.scales = reinterpret_cast<float*>(memory + values);
-    fixed.sums = fixed.scales + scales;
-    return fixed;
-}
-
 void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output) {
     const cpu::Kernels& kernels = cpu::kernels();
-    const cpu::FixedPointRows fixed = fixed_point_rows(weight, input);
+    const cpu::FixedPointRows fixed = cpu::fixed_point_rows(weight, input, kernels, scratch());
     const int64_t columns = weight.units * kUnitColumns;
     // Preparing a value costs about as much as a hundred products.
     torch::stable::parallel_for(0, input.rows, grain(columns * 100),
@@ -58,26 +41,10 @@ void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const
         [&](int64_t begin, int64_t end) { kernels.multiply(weight, fixed, output, begin, end); });
 }
 
-cpu::ActivationTiles activation_tiles(const PackedWeight& weight, const cpu::InputRows& input, cpu::Mode mode) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    const cpu::Rounding rounding = cpu::rounding_of(mode, input.dtype, weight.bits);
-    const cpu::Element element = kernels.element(mode, input.dtype, weight.bits);
-    const bool split = mode == cpu::Mode::kExact && element == cpu::Element::kByte;
-    const int planes = split ? 2 * rounding.words : rounding.words;
-    cpu::ActivationTiles tiles{rounding, element, input.rows, planes, {}, nullptr, nullptr};
-    tiles.blocks = cpu::column_blocks(weight, tiles);
-    const int64_t bytes = tiles.row_tiles() * tiles.tiles() * planes * cpu::kTileBytes;
-    const int64_t parameters = input.rows * tiles.block_count() * rounding.words;
-    char* memory = scratch().get(bytes + parameters * static_cast<int64_t>(sizeof(cpu::RowBlock)));
-    tiles.values = reinterpret_cast<uint8_t*>(memory);
-    tiles.parameters = reinterpret_cast<cpu::RowBlock*>(memory + bytes);
-    return tiles;
-}
-
 void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output,
                     cpu::Mode mode) {
     const cpu::Kernels& kernels = cpu::kernels();
-    const cpu::ActivationTiles tiles = activation_tiles(weight, input, mode);
+    const cpu::ActivationTiles tiles = cpu::activation_tiles(weight, input, mode, kernels, scratch());
     torch::stable::parallel_for(0, input.rows, grain(weight.in_features * 100), [&](int64_t begin, int64_t end) {
         kernels.prepare_tiles(weight, input, tiles, begin, end);
     });

@@ -1,9 +1,8 @@
 // The kernels for AVX2, with FMA and F16C. One register holds the same columns of 8 output rows, half a block.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
 #include "dispatch.h"
+#include "intrinsics.h"
 
 #define AUTOQ_TARGET __attribute__((target("avx2,fma,f16c")))
 #define AUTOQ_INLINE AUTOQ_TARGET __attribute__((always_inline)) inline

@@ -1,13 +1,7 @@
 // What the kernels for AVX-512 and those for processors with matrix units have in common.
 #pragma once
 
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
+#include "intrinsics.h"
 #include "kernels.h"
 
 #define AUTOQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))

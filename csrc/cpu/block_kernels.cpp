@@ -5,17 +5,13 @@
 #include <vector>
 
 #include "block.h"
+#include "dispatch.h"
 
 #if defined(__x86_64__)
-// GCC warns of the undefined values inside its own intrinsics.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "intrinsics.h"
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
-
-#include "dispatch.h"
 
 // Functions that take vectors are inlined, so how a call would pass them does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -42,7 +38,11 @@ float* floats_of_thread(size_t count) {
 }
 
 namespace portable {
+#if defined(__aarch64__)
+#define AUTOQ_LEVEL 128  // every such processor has NEON
+#else
 #define AUTOQ_LEVEL 0
+#endif
 #include "block_kernels.h"
 #undef AUTOQ_LEVEL
 }  // namespace portable

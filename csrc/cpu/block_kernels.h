@@ -24,10 +24,7 @@ AUTOQ_VECTOR void norm_row(const Norm& norm, const void* input, void* output, in
     }
     for_each_step(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         Lanes value = load_some<DTYPE>(input, from + column, count) - all_lanes(mean);
-        if (count < 16) {  // the lanes behind the row are not values
-            const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            value = lane < static_cast<int32_t>(count) ? value : Lanes{};
-        }
+        if (count < 16) value = first_lanes(value, count);  // the lanes behind the row are not values
         squares = multiply_add(value, value, squares);
     });
     const float inverse = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(columns) + norm.epsilon);
@@ -62,7 +59,7 @@ AUTOQ_VECTOR Lanes sigmoid_weighted(Lanes x, Lanes argument) { return x / (1.0f 
 
 // erf by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
 AUTOQ_VECTOR Lanes gelu(Lanes x) {
-    const Lanes z = (x < 0.0f ? -x : x) * 0.70710678f;
+    const Lanes z = larger(x, -x) * 0.70710678f;
     const Lanes t = 1.0f / multiply_add(z, all_lanes(0.3275911f), all_lanes(1.0f));
     Lanes sum = all_lanes(1.061405429f);
     sum = multiply_add(sum, t, all_lanes(-1.453152027f));
@@ -70,13 +67,13 @@ AUTOQ_VECTOR Lanes gelu(Lanes x) {
     sum = multiply_add(sum, t, all_lanes(-0.284496736f));
     sum = multiply_add(sum, t, all_lanes(0.254829592f));
     const Lanes tail = 0.5f * sum * t * exponential(-z * z);  // (1 - erf(z)) / 2
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+    return x * where_less(x, Lanes{}, tail, 1.0f - tail);
 }
 
 AUTOQ_VECTOR Lanes activation(ActivationKind kind, Lanes x) {
     switch (kind) {
         case ActivationKind::kRelu:
-            return x < 0.0f ? Lanes{} : x;  // NaN stays
+            return where_less(x, Lanes{}, Lanes{}, x);  // NaN stays
         case ActivationKind::kSilu:
             return sigmoid_weighted(x, x);
         case ActivationKind::kGelu:
@@ -111,7 +108,7 @@ AUTOQ_VECTOR void read_head(const AttentionInput& input, const Norm& norm, int64
         Lanes value = load_some<DTYPE>(input.qkv, index + column, count);
         if (input.clip > 0.0f) {
             const Lanes bound = all_lanes(input.clip);
-            value = value > bound ? bound : (value < -bound ? -bound : value);
+            value = where_less(bound, value, bound, where_less(value, -bound, -bound, value));
         }
         store<Float::kFloat32>(head, column, value);
     });
@@ -276,15 +273,23 @@ void widen_cache(const CacheView& cache, void* output, int64_t size, int64_t beg
     }
 }
 
+// So many vectors of sums do registers hold.
+constexpr int kTogether = AUTOQ_LEVEL == 512 ? 16 : 4;
+
 // Scores of one query with `count` keys, whose rows are there for a multiple of sixteen.
 AUTOQ_VECTOR void score_chunk(const float* query, const float* keys, int64_t count, int64_t padded, float* scores) {
     for (int64_t position = 0; position < count; position += 16) {
-        Lanes sums[16] = {};
-        for (int64_t column = 0; column < padded; column += 16) {
-            const Lanes value = load<Float::kFloat32>(query, column);
-            for (int i = 0; i < 16; ++i) {
-                sums[i] = multiply_add(value, load<Float::kFloat32>(keys, (position + i) * padded + column), sums[i]);
+        Lanes sums[16];
+        for (int first = 0; first < 16; first += kTogether) {
+            Lanes some[kTogether] = {};
+            for (int64_t column = 0; column < padded; column += 16) {
+                const Lanes value = load<Float::kFloat32>(query, column);
+                for (int i = 0; i < kTogether; ++i) {
+                    const int64_t key = (position + first + i) * padded;
+                    some[i] = multiply_add(value, load<Float::kFloat32>(keys, key + column), some[i]);
+                }
             }
+            for (int i = 0; i < kTogether; ++i) sums[first + i] = some[i];
         }
         store<Float::kFloat32>(scores, position, sums_of(sums));
     }
@@ -438,4 +443,5 @@ void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t co
 
 constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
 
+#undef AUTOQ_EACH_REGISTER
 #undef AUTOQ_VECTOR

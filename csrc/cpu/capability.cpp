@@ -5,9 +5,13 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
+#if defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -15,22 +19,13 @@
 namespace autoq::cpu {
 namespace {
 
-enum class Capability { kPortable, kAvx2, kAvx512, kAmx };
-
 #if defined(__x86_64__)
-bool runs_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// Some compilers do not know these features by name.
+bool has_f16c() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1) != 0;
 }
 
-// VNNI is asked for as well: the integer kernels are built on its byte dot product. Processors with AVX-512 but
-// without VNNI (before 2019) take the AVX2 kernels.
-bool runs_avx512() {
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-// Older compilers do not know these features by name.
 bool has_amx_feature(int bit) {
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> bit & 1) != 0;
@@ -39,6 +34,16 @@ bool has_amx_feature(int bit) {
 bool has_amx_bf16() { return has_amx_feature(22); }
 bool has_amx_tile() { return has_amx_feature(24); }
 bool has_amx_int8() { return has_amx_feature(25); }
+
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+// VNNI is asked for as well: the integer kernels are built on its byte dot product. Processors with AVX-512 but
+// without VNNI (before 2019) take the AVX2 kernels.
+bool runs_avx512() {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+}
 
 // Tiles are 8 KB of state in every thread that uses them, so Linux gives them only to processes that ask.
 bool may_use_tiles() {
@@ -54,50 +59,60 @@ bool runs_amx() {
     static const bool found = runs_avx512() && has_amx_tile() && has_amx_int8() && has_amx_bf16() && may_use_tiles();
     return found;
 }
-#else
-bool runs_avx2() { return false; }
-bool runs_avx512() { return false; }
-bool runs_amx() { return false; }
 #endif
 
-const char* name_of(Capability capability) {
-    switch (capability) {
-        case Capability::kAmx:
-            return "amx";
-        case Capability::kAvx512:
-            return "avx512";
-        case Capability::kAvx2:
-            return "avx2";
-        default:
-            return "portable";
-    }
+#if defined(__aarch64__)
+bool has_asimddp() {
+#if defined(__linux__)
+    constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+    return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return true;
+#else
+    return false;
+#endif
 }
+#endif
 
-bool runs(Capability capability) {
-    switch (capability) {
-        case Capability::kAmx:
-            return runs_amx();
-        case Capability::kAvx512:
-            return runs_avx512();
-        case Capability::kAvx2:
-            return runs_avx2();
-        default:
-            return true;
-    }
-}
+bool runs_always() { return true; }
 
-constexpr Capability kAll[] = {Capability::kPortable, Capability::kAvx2, Capability::kAvx512, Capability::kAmx};
+// Kernels with a name; those of other processors than this was compiled for have no more than that.
+struct Capability {
+    const char* name;
+    bool (*runs)();
+    const Kernels* kernels;
 
-Capability best() {
-    Capability found = Capability::kPortable;
-    for (Capability capability : kAll) {
-        if (runs(capability)) found = capability;
+    bool can_run() const { return kernels != nullptr && runs(); }
+};
+
+constexpr Capability kAll[] = {
+    {"portable", runs_always, &portable_kernels},
+#if defined(AUTOQ_NEON)
+    {"neon", has_asimddp, &neon_kernels},
+#else
+    {"neon", nullptr, nullptr},
+#endif
+#if defined(__x86_64__)
+    {"avx2", runs_avx2, &avx2_kernels},
+    {"avx512", runs_avx512, &avx512_kernels},
+    {"amx", runs_amx, &amx_kernels},
+#else
+    {"avx2", nullptr, nullptr},
+    {"avx512", nullptr, nullptr},
+    {"amx", nullptr, nullptr},
+#endif
+};
+
+const Capability* best() {
+    const Capability* found = nullptr;
+    for (const Capability& capability : kAll) {
+        if (capability.can_run()) found = &capability;
     }
     return found;
 }
 
-std::atomic<Capability>& chosen() {
-    static std::atomic<Capability> capability{best()};
+std::atomic<const Capability*>& chosen() {
+    static std::atomic<const Capability*> capability{best()};
     return capability;
 }
 
@@ -109,7 +124,7 @@ std::vector<std::pair<std::string, bool>> features() {
 #define AUTOQ_FEATURE(name) found.emplace_back(name, __builtin_cpu_supports(name) != 0)
     AUTOQ_FEATURE("avx2");
     AUTOQ_FEATURE("fma");
-    AUTOQ_FEATURE("f16c");
+    found.emplace_back("f16c", has_f16c());
     AUTOQ_FEATURE("avx512f");
     AUTOQ_FEATURE("avx512bw");
     AUTOQ_FEATURE("avx512vl");
@@ -119,46 +134,34 @@ std::vector<std::pair<std::string, bool>> features() {
     found.emplace_back("amx_tile", has_amx_tile());
     found.emplace_back("amx_int8", has_amx_int8());
     found.emplace_back("amx_bf16", has_amx_bf16());
+#elif defined(__aarch64__)
+    found.emplace_back("asimddp", has_asimddp());
 #endif
     return found;
 }
 
 std::vector<std::string> capabilities() {
     std::vector<std::string> names;
-    for (Capability capability : kAll) {
-        if (runs(capability)) names.emplace_back(name_of(capability));
+    for (const Capability& capability : kAll) {
+        if (capability.can_run()) names.emplace_back(capability.name);
     }
     return names;
 }
 
-std::string capability() { return name_of(chosen()); }
+std::string capability() { return chosen().load()->name; }
 
 void set_capability(const std::string& name) {
-    for (Capability capability : kAll) {
-        if (name != name_of(capability)) continue;
-        if (!runs(capability)) {
+    for (const Capability& capability : kAll) {
+        if (name != capability.name) continue;
+        if (!capability.can_run()) {
             throw std::invalid_argument("this processor cannot run the " + name + " kernels");
         }
-        chosen() = capability;
+        chosen() = &capability;
         return;
     }
-    throw std::invalid_argument("there are no " + name + " kernels; choose portable, avx2, avx512 or amx");
+    throw std::invalid_argument("there are no " + name + " kernels; choose portable, neon, avx2, avx512 or amx");
 }
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-    switch (chosen().load(std::memory_order_relaxed)) {
-        case Capability::kAmx:
-            return amx_kernels;
-        case Capability::kAvx512:
-            return avx512_kernels;
-        case Capability::kAvx2:
-            return avx2_kernels;
-        default:
-            break;
-    }
-#endif
-    return portable_kernels;
-}
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
 
 }  // namespace autoq::cpu

@@ -74,6 +74,42 @@ inline std::vector<ColumnBlock> column_blocks(const PackedWeight& weight, const 
     return blocks;
 }
 
+// Room for the rows in fixed point, to be filled by `prepare`.
+inline FixedPointRows fixed_point_rows(const PackedWeight& weight, const InputRows& input, const Kernels& kernels,
+                                       Scratch& scratch) {
+    FixedPointRows fixed{};
+    fixed.rows = input.rows;
+    fixed.digits = digits_for(input.dtype);
+    fixed.halves = weight.units * 2;
+    fixed.blocks = weight.groups * blocks_per_group(weight);
+    fixed.tile_rows = kernels.digit_tile_rows(fixed.rows, fixed.digits);
+    fixed.block_halves = std::min(weight.group_halves(), kBlockHalves);
+    const int64_t values = (fixed.value_bytes() + 3) / 4 * 4;
+    const int64_t scales = fixed.rows * fixed.blocks;
+    char* memory = scratch.get(values + 4 * scales * (1 + fixed.digits));
+    fixed.values = reinterpret_cast<int8_t*>(memory);
+    fixed.scales = reinterpret_cast<float*>(memory + values);
+    fixed.sums = fixed.scales + scales;
+    return fixed;
+}
+
+// Room for the rows as tiles, to be filled by `prepare_tiles`.
+inline ActivationTiles activation_tiles(const PackedWeight& weight, const InputRows& input, Mode mode,
+                                        const Kernels& kernels, Scratch& scratch) {
+    const Rounding rounding = rounding_of(mode, input.dtype, weight.bits);
+    const Element element = kernels.element(mode, input.dtype, weight.bits);
+    const bool split = mode == Mode::kExact && element == Element::kByte;
+    const int planes = split ? 2 * rounding.words : rounding.words;
+    ActivationTiles tiles{rounding, element, input.rows, planes, {}, nullptr, nullptr};
+    tiles.blocks = column_blocks(weight, tiles);
+    const int64_t bytes = tiles.row_tiles() * tiles.tiles() * planes * kTileBytes;
+    const int64_t parameters = input.rows * tiles.block_count() * rounding.words;
+    char* memory = scratch.get(bytes + parameters * static_cast<int64_t>(sizeof(RowBlock)));
+    tiles.values = reinterpret_cast<uint8_t*>(memory);
+    tiles.parameters = reinterpret_cast<RowBlock*>(memory + bytes);
+    return tiles;
+}
+
 // Few rows: `prepare_block(weight, input, fixed, row, block, begin, end, columns)` writes one block, each half of it
 // in the order of `columns`.
 template <class PrepareBlock>

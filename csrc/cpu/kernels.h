@@ -9,6 +9,11 @@
 #include "fixed_point.h"
 #include "tiles.h"
 
+// Whether the compiler lets single functions use the dot products of bytes; clang does since 16.
+#if defined(__aarch64__) && (defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16)
+#define AUTOQ_NEON
+#endif
+
 namespace autoq::cpu {
 
 inline int64_t no_digit_tiles(int64_t, int) { return 0; }
@@ -41,6 +46,9 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels amx_kernels;
+#endif
+#if defined(AUTOQ_NEON)
+extern const Kernels neon_kernels;
 #endif
 
 // Name by name what the processor has, of the features that the kernels or their choice depend on.

@@ -1,50 +1,90 @@
-// Sixteen fp32 lanes, in the compiler's vector types: the same source becomes one AVX-512 register, two of AVX2 or four
-// of SSE or NEON. Included once for each instruction set, inside its namespace and its target region; no include guard.
+// Sixteen fp32 lanes in the registers of an instruction set: one of AVX-512, two of AVX2, four of SSE or NEON. Included
+// once for each, inside its namespace and its target region; no include guard.
+//
+// Operations go register by register. The compiler's vector types may be wider than a register, but GCC keeps such
+// vectors in memory, and compares them lane by lane.
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+#if AUTOQ_LEVEL == 512
+#define AUTOQ_REGISTER_BYTES 64
+#elif AUTOQ_LEVEL == 256
+#define AUTOQ_REGISTER_BYTES 32
+#else
+#define AUTOQ_REGISTER_BYTES 16
+#endif
+
+typedef float Register __attribute__((vector_size(AUTOQ_REGISTER_BYTES)));
+typedef int32_t IntRegister __attribute__((vector_size(AUTOQ_REGISTER_BYTES)));
+typedef uint32_t WordRegister __attribute__((vector_size(AUTOQ_REGISTER_BYTES)));
+typedef uint16_t ShortRegister __attribute__((vector_size(AUTOQ_REGISTER_BYTES / 2)));
+typedef int8_t ByteRegister __attribute__((vector_size(AUTOQ_REGISTER_BYTES / 4)));
+
+#undef AUTOQ_REGISTER_BYTES
+
+constexpr int kRegisterLanes = sizeof(Register) / 4;
+constexpr int kRegisters = kLanes / kRegisterLanes;
+
+struct Lanes {
+    Register of[kRegisters];
+};
 
 #define AUTOQ_VECTOR static inline __attribute__((always_inline))
+#define AUTOQ_EACH_REGISTER _Pragma("GCC unroll 4") for (int i = 0; i < kRegisters; ++i)
 
 AUTOQ_VECTOR Lanes all_lanes(float value) {
-    return Lanes{value, value, value, value, value, value, value, value,
-                 value, value, value, value, value, value, value, value};
+    Lanes lanes;
+    AUTOQ_EACH_REGISTER lanes.of[i] = value - Register{};
+    return lanes;
 }
 
+#define AUTOQ_OPERATOR(op)                                                         \
+    AUTOQ_VECTOR Lanes operator op(Lanes a, Lanes b) {                             \
+        AUTOQ_EACH_REGISTER a.of[i] = a.of[i] op b.of[i];                          \
+        return a;                                                                  \
+    }                                                                              \
+    AUTOQ_VECTOR Lanes operator op(float a, Lanes b) { return all_lanes(a) op b; } \
+    AUTOQ_VECTOR Lanes operator op(Lanes a, float b) { return a op all_lanes(b); } \
+    AUTOQ_VECTOR Lanes& operator op## = (Lanes & a, Lanes b) { return a = a op b; }
+AUTOQ_OPERATOR(+)
+AUTOQ_OPERATOR(-)
+AUTOQ_OPERATOR(*)
+AUTOQ_OPERATOR(/)
+#undef AUTOQ_OPERATOR
+
+AUTOQ_VECTOR Lanes operator-(Lanes a) {
+    AUTOQ_EACH_REGISTER a.of[i] = -a.of[i];
+    return a;
+}
+
+// a * b + c
 AUTOQ_VECTOR Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    AUTOQ_EACH_REGISTER {
 #if AUTOQ_LEVEL == 512
-    return _mm512_fmadd_ps(a, b, c);
+        c.of[i] = _mm512_fmadd_ps(a.of[i], b.of[i], c.of[i]);
 #elif AUTOQ_LEVEL == 256
-    union {
-        Lanes all;
-        __m256 half[2];
-    } x{a}, y{b}, z{c};
-    z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-    z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-    return z.all;
+        c.of[i] = _mm256_fmadd_ps(a.of[i], b.of[i], c.of[i]);
+#elif AUTOQ_LEVEL == 128
+        c.of[i] = vfmaq_f32(c.of[i], a.of[i], b.of[i]);
 #else
-    return a * b + c;
+        c.of[i] += a.of[i] * b.of[i];
 #endif
+    }
+    return c;
 }
 
 AUTOQ_VECTOR float sum_of(Lanes lanes) {
+    Register sum = lanes.of[0];
+    for (int i = 1; i < kRegisters; ++i) sum += lanes.of[i];
 #if AUTOQ_LEVEL == 512
-    return _mm512_reduce_add_ps(lanes);
-#elif AUTOQ_LEVEL == 256
-    union {
-        Lanes all;
-        __m256 half[2];
-    } x{lanes};
-    const __m256 eight = _mm256_add_ps(x.half[0], x.half[1]);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    return _mm512_reduce_add_ps(sum);
+#elif AUTOQ_LEVEL == 128
+    return vaddvq_f32(sum);
 #else
-    float value[16];
-    std::memcpy(value, &lanes, 64);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) value[i] += value[i + width];
-    return value[0];
+#if AUTOQ_LEVEL == 256
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+#else
+    const Register four = sum;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
 #endif
 }
 
@@ -54,7 +94,7 @@ AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
     // Pairs of vectors become one, four times: each lane then holds the sum over one vector.
     __m512 eight[8], four[4];
     for (int i = 0; i < 8; ++i) {
-        const __m512 a = vectors[2 * i], b = vectors[2 * i + 1];
+        const __m512 a = vectors[2 * i].of[0], b = vectors[2 * i + 1].of[0];
         eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
     for (int i = 0; i < 4; ++i) {
@@ -65,90 +105,129 @@ AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
         _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
     const __m512 second =
         _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd))};
 #else
     float sums[16];
     for (int i = 0; i < 16; ++i) sums[i] = sum_of(vectors[i]);
     Lanes lanes;
-    std::memcpy(&lanes, sums, 64);
+    AUTOQ_EACH_REGISTER std::memcpy(&lanes.of[i], sums + i * kRegisterLanes, sizeof(Register));
     return lanes;
 #endif
 }
 
-AUTOQ_VECTOR Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+// In each lane `a < b ? yes : no`.
+AUTOQ_VECTOR Lanes where_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
+    AUTOQ_EACH_REGISTER yes.of[i] = a.of[i] < b.of[i] ? yes.of[i] : no.of[i];
+    return yes;
+}
+
+// The lanes of `values`, but those of `x` where they are NaN.
+AUTOQ_VECTOR Lanes keep_nan(Lanes x, Lanes values) {
+    AUTOQ_EACH_REGISTER values.of[i] = x.of[i] == x.of[i] ? values.of[i] : x.of[i];
+    return values;
+}
+
+AUTOQ_VECTOR Lanes larger(Lanes a, Lanes b) { return where_less(b, a, a, b); }
 
 AUTOQ_VECTOR float largest_of(Lanes lanes) {
 #if AUTOQ_LEVEL == 512
-    return _mm512_reduce_max_ps(lanes);
+    return _mm512_reduce_max_ps(lanes.of[0]);
 #else
-    float value[16];
-    std::memcpy(value, &lanes, 64);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) value[i] = value[i] > value[i + width] ? value[i] : value[i + width];
-    return value[0];
+    Register most = lanes.of[0];
+    for (int i = 1; i < kRegisters; ++i) most = most > lanes.of[i] ? most : lanes.of[i];
+    float largest = most[0];
+    for (int i = 1; i < kRegisterLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+    return largest;
 #endif
+}
+
+// The lanes before `count`, and zeros.
+AUTOQ_VECTOR Lanes first_lanes(Lanes lanes, int64_t count) {
+    float values[16];
+    std::memcpy(values, &lanes, 64);
+    for (int64_t i = count; i < 16; ++i) values[i] = 0.0f;
+    std::memcpy(&lanes, values, 64);
+    return lanes;
+}
+
+// A register of values from fp16, and back.
+AUTOQ_VECTOR Register load_fp16(const uint16_t* data) {
+#if AUTOQ_LEVEL == 512
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+#elif AUTOQ_LEVEL == 256
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+#elif AUTOQ_LEVEL == 128
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(data)));
+#else
+    return Register{half_to_float(data[0]), half_to_float(data[1]), half_to_float(data[2]), half_to_float(data[3])};
+#endif
+}
+
+AUTOQ_VECTOR void store_fp16(uint16_t* data, Register values) {
+#if AUTOQ_LEVEL == 512
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+#elif AUTOQ_LEVEL == 256
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(data), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+#elif AUTOQ_LEVEL == 128
+    vst1_u16(data, vreinterpret_u16_f16(vcvt_f16_f32(values)));
+#else
+    for (int i = 0; i < kRegisterLanes; ++i) data[i] = c10::Half(values[i]).x;
+#endif
+}
+
+// A register of values from bf16, and back, rounded to the nearest, ties to even.
+AUTOQ_VECTOR Register load_bf16(const uint16_t* data) {
+    ShortRegister bits;
+    std::memcpy(&bits, data, sizeof bits);
+    return reinterpret_cast<Register>(__builtin_convertvector(bits, WordRegister) << 16);
+}
+
+AUTOQ_VECTOR void store_bf16(uint16_t* data, Register values) {
+    const WordRegister bits = reinterpret_cast<WordRegister>(values);
+    const WordRegister rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const WordRegister result = (bits & 0x7fffffff) > 0x7f800000 ? WordRegister{} + 0x7fc0 : rounded;
+    const ShortRegister shorts = __builtin_convertvector(result, ShortRegister);
+    std::memcpy(data, &shorts, sizeof shorts);
 }
 
 template <Float DTYPE>
 AUTOQ_VECTOR Lanes load(const void* data, int64_t index) {
     Lanes lanes;
     if constexpr (DTYPE == Float::kFloat32) {
-        std::memcpy(&lanes, static_cast<const float*>(data) + index, 64);
-    } else if constexpr (DTYPE == Float::kBFloat16) {
-#if AUTOQ_LEVEL == 512
-        const auto* bits = reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index);
-        lanes = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(bits)), 16));
-#else
-        typedef uint16_t Shorts __attribute__((vector_size(32)));
-        typedef uint32_t Words __attribute__((vector_size(64)));
-        Shorts bits;
-        std::memcpy(&bits, static_cast<const uint16_t*>(data) + index, 32);
-        const Words words = __builtin_convertvector(bits, Words) << 16;
-        std::memcpy(&lanes, &words, 64);
-#endif
+        const float* values = static_cast<const float*>(data) + index;
+        AUTOQ_EACH_REGISTER std::memcpy(&lanes.of[i], values + i * kRegisterLanes, sizeof(Register));
     } else {
-#if AUTOQ_LEVEL == 512
-        lanes = _mm512_cvtph_ps(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + index)));
-#else
-        float values[16];
-        for (int i = 0; i < 16; ++i) values[i] = load_float(data, DTYPE, index + i);
-        std::memcpy(&lanes, values, 64);
-#endif
+        const uint16_t* values = static_cast<const uint16_t*>(data) + index;
+        AUTOQ_EACH_REGISTER {
+            const uint16_t* some = values + i * kRegisterLanes;
+            lanes.of[i] = DTYPE == Float::kBFloat16 ? load_bf16(some) : load_fp16(some);
+        }
     }
     return lanes;
 }
 
 template <Float DTYPE>
-AUTOQ_VECTOR void store(void* data, int64_t index, Lanes lanes) {
+AUTOQ_VECTOR void store(void* data, int64_t index, const Lanes& lanes) {
     if constexpr (DTYPE == Float::kFloat32) {
-        std::memcpy(static_cast<float*>(data) + index, &lanes, 64);
-    } else if constexpr (DTYPE == Float::kBFloat16) {
-        typedef uint16_t Shorts __attribute__((vector_size(32)));
-        typedef uint32_t Words __attribute__((vector_size(64)));
-        Words bits;
-        std::memcpy(&bits, &lanes, 64);
-        const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const Words nan = (bits & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded;
-        const Shorts shorts = __builtin_convertvector(nan, Shorts);
-        std::memcpy(static_cast<uint16_t*>(data) + index, &shorts, 32);
+        float* values = static_cast<float*>(data) + index;
+        AUTOQ_EACH_REGISTER std::memcpy(values + i * kRegisterLanes, &lanes.of[i], sizeof(Register));
     } else {
-#if AUTOQ_LEVEL == 512
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + index),
-                            _mm512_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
-#else
-        float values[16];
-        std::memcpy(values, &lanes, 64);
-        for (int i = 0; i < 16; ++i) store_float(data, DTYPE, index + i, values[i]);
-#endif
+        uint16_t* values = static_cast<uint16_t*>(data) + index;
+        AUTOQ_EACH_REGISTER {
+            uint16_t* some = values + i * kRegisterLanes;
+            DTYPE == Float::kBFloat16 ? store_bf16(some, lanes.of[i]) : store_fp16(some, lanes.of[i]);
+        }
     }
 }
 
 AUTOQ_VECTOR Lanes load_bytes(const int8_t* data) {
-    typedef int8_t Bytes __attribute__((vector_size(16)));
-    Bytes bytes;
-    std::memcpy(&bytes, data, 16);
-    return __builtin_convertvector(bytes, Lanes);
+    Lanes lanes;
+    AUTOQ_EACH_REGISTER {
+        ByteRegister bytes;
+        std::memcpy(&bytes, data + i * kRegisterLanes, sizeof bytes);
+        lanes.of[i] = __builtin_convertvector(__builtin_convertvector(bytes, IntRegister), Register);
+    }
+    return lanes;
 }
 
 // At most sixteen values; the lanes behind `count` are zero.
@@ -157,23 +236,21 @@ AUTOQ_VECTOR Lanes load_some(const void* data, int64_t index, int64_t count) {
     if (count >= 16) return load<DTYPE>(data, index);
     float values[16] = {0};
     for (int64_t i = 0; i < count; ++i) values[i] = load_float(data, DTYPE, index + i);
-    Lanes lanes;
-    std::memcpy(&lanes, values, 64);
-    return lanes;
+    return load<Float::kFloat32>(values, 0);
 }
 
 template <Float DTYPE>
-AUTOQ_VECTOR void store_some(void* data, int64_t index, int64_t count, Lanes lanes) {
+AUTOQ_VECTOR void store_some(void* data, int64_t index, int64_t count, const Lanes& lanes) {
     if (count >= 16) return store<DTYPE>(data, index, lanes);
     float values[16];
-    std::memcpy(values, &lanes, 64);
+    store<Float::kFloat32>(values, 0, lanes);
     for (int64_t i = 0; i < count; ++i) store_float(data, DTYPE, index + i, values[i]);
 }
 
 // e^x to about one unit in the last place: 2^n e^r with |r| <= ln(2) / 2, and a polynomial for e^r. Below -87.3 zero.
 AUTOQ_VECTOR Lanes exponential(Lanes x) {
     const Lanes lowest = all_lanes(-87.3f), highest = all_lanes(88.7f), magic = all_lanes(12582912.0f);  // 1.5 * 2^23
-    const Lanes bounded = x < lowest ? lowest : (x > highest ? highest : x);
+    const Lanes bounded = where_less(x, lowest, lowest, where_less(highest, x, highest, x));
     const Lanes shifted = multiply_add(bounded, all_lanes(1.44269504f), magic);
     const Lanes whole = shifted - magic;
     Lanes rest = multiply_add(whole, all_lanes(-0.693359375f), bounded);
@@ -186,12 +263,10 @@ AUTOQ_VECTOR Lanes exponential(Lanes x) {
     power = multiply_add(power, rest, all_lanes(0.5f));
     power = multiply_add(power, rest, all_lanes(1.0f));
     power = multiply_add(power, rest, all_lanes(1.0f));
-    Ints exponent, bits;
-    std::memcpy(&exponent, &shifted, 64);
-    std::memcpy(&bits, &power, 64);
-    bits += exponent << 23;  // the whole part is in the low bits of the shifted number
-    Lanes result;
-    std::memcpy(&result, &bits, 64);
-    result = x < lowest ? Lanes{} : result;
-    return x != x ? x : result;
+    AUTOQ_EACH_REGISTER {
+        // The whole part is in the low bits of the shifted number.
+        const IntRegister exponent = reinterpret_cast<IntRegister>(shifted.of[i]) << 23;
+        power.of[i] = reinterpret_cast<Register>(reinterpret_cast<IntRegister>(power.of[i]) + exponent);
+    }
+    return keep_nan(x, where_less(x, lowest, Lanes{}, power));
 }
