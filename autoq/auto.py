@@ -16,10 +16,11 @@ from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
+from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
 from autoq.ops import MODES
+from autoq.placement import DeviceMap
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
 from autoq.quantization.report import QuantizationReport
