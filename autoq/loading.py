@@ -26,7 +26,7 @@ from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import connect, fetch_from_disk
 from autoq.ops import PackedWeight
-from autoq.placement import Device, DeviceMap, Placement, place, torch_device
+from autoq.placement import Device, DeviceMap, Placement, place, tied_names, torch_device
 from autoq.quantization.weight import QuantizedWeight
 
 # Where older tools keep what config.json now holds.
@@ -108,7 +108,7 @@ def load_quantized(
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
         linears = _insert_quantized_linears(model, reader, quant_config)
         _insert_scaled_activations(model, reader)
-        tied = _tied_names(model)
+        tied = tied_names(model)
         _check_tensors(model, reader, linears, tied)
         model.tie_weights()
         placement = place(model, device_map, max_memory)
@@ -213,13 +213,6 @@ def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
     return QuantizedWeight(empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits)
 
 
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that are another name of a tensor the checkpoint holds once, with the name it has there."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
-
-
 def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
     packed = {f"{name}.{leaf}" for name in linears for leaf in PackedWeight._fields}
@@ -315,7 +308,8 @@ class _Loader:
 
     def finish(self) -> None:
         """Once every tensor is there: ties, computed buffers, and what moves tensors while the model runs."""
-        model, placement = self._model, self._placement
+        model: Any = self._model
+        placement = self._placement
         model.tie_weights()
         for name, buffer in list(model.named_buffers()):
             if not buffer.is_meta:

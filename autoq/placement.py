@@ -36,7 +36,11 @@ class Part:
     tensors: tuple[str, ...]
     size: int
     tied_to: str | None = None
-    is_block: bool = False
+
+    @property
+    def is_module(self) -> bool:
+        """False for a tensor that belongs to a module with several parts."""
+        return self.tensors != (self.name,)
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Placement:
         return {tensor: self.devices[part.name] for part in self.parts for tensor in part.tensors}
 
     def modules(self) -> list[str]:
-        """The parts that are modules, not tensors of a module that holds several parts."""
-        return [part.name for part in self.parts if part.tensors != (part.name,)]
+        return [part.name for part in self.parts if part.is_module]
 
 
 def parts_of(model: PreTrainedModel) -> tuple[Part, ...]:
@@ -70,28 +73,28 @@ def parts_of(model: PreTrainedModel) -> tuple[Part, ...]:
     parts: list[Part] = []
     owner: dict[int, str] = {}
     computed: list[Part] = []
-    for name, module, is_block in _whole_modules(model, set(model._no_split_modules or ())):
+    for name, module in _whole_modules(model, set(model._no_split_modules or ())):
         tensors = {name: module} if isinstance(module, Tensor) else _named_tensors(name, module)
         fresh = {id(tensor): tensor.nbytes for tensor in tensors.values() if id(tensor) not in owner}
         tied_to = next((owner[id(tensor)] for tensor in tensors.values() if id(tensor) in owner), None)
         owner.update(dict.fromkeys(fresh, tied_to or name))
-        part = Part(name, tuple(tensors), sum(fresh.values()), tied_to, is_block)
+        part = Part(name, tuple(tensors), sum(fresh.values()), tied_to)
         weights = isinstance(module, Tensor) or len(module.state_dict()) > 0
         if tensors:
             (parts if weights else computed).append(part)
     return (*parts[:1], *computed, *parts[1:])
 
 
-def _whole_modules(module: nn.Module, blocks: set[str], prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+def _whole_modules(module: nn.Module, blocks: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The blocks, by the names of their classes, and the largest modules beside them; the tensors too that belong to
-    what holds those. Each with its name and whether it is a block."""
+    what holds those."""
     for leaf, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-        yield f"{prefix}{leaf}", tensor, False
+        yield f"{prefix}{leaf}", tensor
     for leaf, child in module.named_children():
         if type(child).__name__ not in blocks and any(type(inner).__name__ in blocks for inner in child.modules()):
             yield from _whole_modules(child, blocks, f"{prefix}{leaf}.")
         else:
-            yield f"{prefix}{leaf}", child, type(child).__name__ in blocks
+            yield f"{prefix}{leaf}", child
 
 
 def _named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -99,6 +102,13 @@ def _named_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
         module.named_parameters(name, remove_duplicate=False), module.named_buffers(name, remove_duplicate=False)
     )
     return dict(named)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another name of a tensor the checkpoint holds once, with the name it has there."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
 
 
 # Plans -------------------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ def place(
         placement = plan(parts, memory_budgets(max_memory), device_map)
         _warn_of_spilling(placement)
     else:
-        device = "cpu" if device_map is None else device_named(device_map, "device_map asks for")
+        device = "cpu" if device_map is None else device_named(device_map)
         placement = Placement(parts, {part.name: device for part in parts})
     if max_memory is not None and device_map not in STRATEGIES:
         warnings.warn("max_memory is not used: the device_map says where everything goes", stacklevel=4)
@@ -230,7 +240,7 @@ def _from_mapping(model: PreTrainedModel, parts: tuple[Part, ...], device_map: M
     for name in device_map:
         if name not in names:
             raise ConfigError(f"the device_map names {name!r}, which is no module of this model")
-    wanted = {name: device_named(device, "device_map asks for") for name, device in device_map.items()}
+    wanted = {name: device_named(device) for name, device in device_map.items()}
     devices: dict[str, Device] = {}
     for part in parts:
         entries = {_entry_of(tensor, wanted): tensor for tensor in part.tensors}
@@ -282,7 +292,7 @@ def memory_budgets(max_memory: Mapping[int | str, int | str] | None) -> dict[Dev
     elif isinstance(max_memory, Mapping):
         budgets = {}
         for key, size in max_memory.items():
-            device = device_named(key, "max_memory names")
+            device = device_named(key, "max_memory names", "Devices are numbers of GPUs, 'cpu' and 'disk'")
             if device in budgets:
                 raise ConfigError(f"max_memory names {key!r} twice, in two ways; name every device once")
             budgets[device] = _byte_count(size, max_memory)
@@ -327,25 +337,43 @@ def torch_device(device: Device) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
-def device_named(device: Any, asks: str) -> Device:
-    """A device that is there, as accelerate writes it; `asks` begins the error's sentence."""
+_CHOICES = (
+    f"It should be one of {', '.join(STRATEGIES)}, a device such as 'cpu' or 'cuda:0', or a dict from module names to "
+    "devices"
+)
+
+
+def device_named(device: Any, asks: str = "device_map asks for", choices: str = _CHOICES) -> Device:
+    """A device that is there, as accelerate writes it; `asks` begins the error's sentence, `choices` ends it."""
     try:
         if isinstance(device, str) and device == "disk":
             return "disk"
         found = torch.device("cuda", device) if type(device) is int else torch.device(device)
-        if found.type == "cuda" and (found.index or 0) < torch.cuda.device_count():
-            return found.index or 0
-        if found.type == "cpu":
-            return "cpu"
+        if (found.type == "cuda" and 0 <= (found.index or 0) < torch.cuda.device_count()) or found.type == "cpu":
+            return _written(found)
         torch.empty(0, device=found)
         if found.type not in ("cuda", "meta"):
-            return str(found)
+            return _written(found)
         problem = "it is not on this machine"
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise ConfigError(
-        f"{asks} {device!r}: {problem}. It should be one of {', '.join(STRATEGIES)}, a device such as "
-        "'cpu' or 'cuda:0', or a dict from module names to devices"
-        if asks.startswith("device_map")
-        else f"{asks} {device!r}: {problem}. Devices are numbers of GPUs, 'cpu' and 'disk'"
-    )
+    raise ConfigError(f"{asks} {device!r}: {problem}. {choices}")
+
+
+def present_device_map(model: PreTrainedModel) -> dict[str, Device]:
+    """Where the parts of a model in memory are now."""
+    parts = parts_of(model)
+    devices = {part.name: _written(_tensor(model, part.tensors[0]).device) for part in parts}
+    return Placement(parts, devices).device_map()
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor
+
+
+def _written(device: torch.device) -> Device:
+    if device.type == "cuda":
+        return device.index or 0
+    return "cpu" if device.type == "cpu" else str(device)

@@ -19,6 +19,7 @@ from autoq.formats import get_format
 from autoq.nn import QuantLinear
 from autoq.nn.spread import in_memory
 from autoq.ops import PackedWeight
+from autoq.placement import tied_names
 from autoq.quantization.report import QuantizationReport
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -73,6 +74,7 @@ def _to_json(value: dict[str, Any]) -> str:
 def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, packed one linear at a time; what is on the disk is fetched as it is written."""
     saved: dict[int, str] = {}
+    tied = tied_names(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -82,8 +84,8 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
                 with in_memory(module, owner):
                     packed = layout.pack(module.quantized_weight())
                 yield from ((f"{owner}.{leaf}", part) for leaf, part in packed.items())
-        # A tied tensor is saved once, under its first name; loading ties it again.
-        elif saved.setdefault(id(tensor), name) == name:
+        # A tied tensor is saved once, under its first name; loading ties it again. On the disk, every name has its own.
+        elif saved.setdefault(id(tensor), name) == name and not (tensor.is_meta and name in tied):
             with in_memory(module, owner):
                 tensor = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
             yield name, tensor

@@ -88,7 +88,8 @@ def home_of(part: nn.Module) -> tuple[torch.device | None, Tensor | None]:
     """The device a part runs on, and the tensor that says so, if its weights are in memory."""
     for module in part.modules():
         if has_offloaded_params(module):
-            return torch.device(module._hf_hook.execution_device), None
+            hook: Any = module._hf_hook
+            return torch.device(hook.execution_device), None
     tensor = next(chain(part.parameters(), part.buffers()), None)
     return (None, None) if tensor is None else (tensor.device, tensor)
 
