@@ -27,7 +27,9 @@ class _OnGPU(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor, device: torch.device) -> _OnGPU:
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if device is None:  # accelerate makes parameters of the class that it finds
+            return torch.nn.Parameter(held, requires_grad)
         found: _OnGPU = Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), dtype=held.dtype, device=device
         )
@@ -66,7 +68,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(value, _OnGPU):
             wrappers[id(value.held)] = value
             return value.held
-        return CPU if isinstance(value, torch.device) else value
+        return CPU if isinstance(value, torch.device) and value.type == "gpu" else value
 
     def wrap(value: Any) -> Any:
         if isinstance(value, Tensor) and place.type == "gpu":
@@ -81,12 +83,16 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _MadeOnCPU(TorchFunctionMode):
-    """`torch.tensor` copies to its device where no dispatch mode sees it."""
+    """`torch.tensor`, and an index that is a list, are copied to a device where no dispatch mode sees it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and kwargs.get("device") is not None:
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            device = args[0].device
+            index = (_OnGPU(torch.tensor(part), device) if isinstance(part, list) else part for part in args[1])
+            args = (args[0], tuple(index) if device.type == "gpu" else args[1])
         return func(*args, **kwargs)
 
 
