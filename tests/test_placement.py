@@ -290,7 +290,7 @@ def test_what_spills_is_said() -> None:
     with pytest.warns(UserWarning, match=r"of its 0\.\d MB, 0\.\d MB run on the CPU$"):
         place(model, "auto", {0: size // 2, 1: size // 4, "cpu": size})
     with pytest.warns(UserWarning, match=r"MB run on the CPU and .* are read from the disk"):
-        place(model, "auto", {0: size // 3, "cpu": size // 5 * 3})
+        place(model, "auto", {0: 70_000, "cpu": 290_000})
 
 
 @pytest.mark.usefixtures("gpus")
