@@ -166,7 +166,8 @@ def test_max_memory_counts_quantized_bytes(llama: Path, tmp_path: Path) -> None:
     fits = AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=limit)
     assert not any(tensor.is_meta for tensor in fits.model.state_dict().values())
     limit = {"cpu": int(small * 0.6)}
-    spilled = AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=limit, offload_folder=tmp_path)
+    with pytest.warns(UserWarning, match="are read from the disk"):
+        spilled = AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=limit, offload_folder=tmp_path)
     assert any(tensor.is_meta for tensor in spilled.model.state_dict().values())
     assert torch.equal(spilled(_prompt()).logits, model(_prompt()).logits)
 
