@@ -24,10 +24,10 @@ GPUS = ("balanced", "balanced_low_0", "sequential", "auto")
 
 
 def _parts(sizes: list[int], tied: dict[int, int] | None = None) -> list[Part]:
-    """Parts p0, p1, ...; tied: which are tied to which, with nothing of their own."""
+    """Parts p0, p1, ...; tied: which are tied to which, with one byte of their own, as of a bias."""
     tied = tied or {}
     return [
-        Part(f"p{index}", (f"p{index}.weight",), *((0, f"p{tied[index]}") if index in tied else (size, None)))
+        Part(f"p{index}", (f"p{index}.weight",), *((1, f"p{tied[index]}") if index in tied else (size, None)))
         for index, size in enumerate(sizes)
     ]
 
@@ -68,8 +68,10 @@ def test_balanced_low_0_spares_the_first() -> None:
 
 
 def test_tied_parts_count_once_and_stay_together() -> None:
-    found = plan(_parts([5, 3, 3, 5], {3: 0}), {0: 8, 1: 3, "disk": None}, "sequential")
+    found = plan(_parts([5, 3, 3, 5], {3: 0}), {0: 9, 1: 3, "disk": None}, "sequential")
     assert _in_order(found) == [0, 0, 1, 0]
+    found = plan(_parts([5, 3, 3, 5], {3: 0}), {0: 8, 1: 6, "disk": None}, "sequential")
+    assert _in_order(found) == [0, 1, 1, 0]
 
 
 def test_what_no_device_holds_goes_to_the_disk_with_room_to_run_it() -> None:
