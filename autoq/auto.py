@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
+from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
+from autoq.nn.spread import connect, disconnect, is_offloaded
 from autoq.ops import MODES
+from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
 from autoq.quantization.report import QuantizationReport
@@ -77,6 +80,7 @@ class AutoQForCausalLM(nn.Module):
         """Loads a model in full precision, to be quantized.
 
         model_path: a directory or a hub name; torch_dtype: "auto" is the checkpoint's own.
+        device_map: as transformers takes it; for a model larger than a GPU see also `device` of `quantize`.
         Other keywords go to transformers' `from_pretrained`.
         Raises ArchitectureError if the family is not known, so that nothing is downloaded or loaded for nothing.
         """
@@ -96,6 +100,10 @@ class AutoQForCausalLM(nn.Module):
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
         )
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
+            # One way of moving tensors, for full-precision models as for quantized ones.
+            remove_hook_from_submodules(model)
+            connect(model, [part.name for part in parts_of(model) if part.is_module])
         return cls(model.eval())
 
     @classmethod
@@ -117,8 +125,10 @@ class AutoQForCausalLM(nn.Module):
 
         quant_path: a directory or a hub name.
         quant_filename: AutoAWQ's; the files are those the checkpoint's index names, and this is ignored.
-        device_map: "auto", "balanced", "sequential", a device, or a dict from module names to devices ("disk" among
-            them, which keeps the weights in `offload_folder`); max_memory: the bytes each device may hold.
+        device_map: "auto" and "balanced" load the GPUs evenly, "balanced_low_0" spares the first, "sequential" fills
+            one after the other; or a device, or a dict from module names to devices. What the GPUs cannot hold runs on
+            the CPU; what that cannot hold goes to the "disk", in `offload_folder`, and is read whenever it runs.
+        max_memory: the bytes each device may hold, `{0: "20GiB", "cpu": "60GiB"}`; those it does not name, none.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
@@ -168,6 +178,7 @@ class AutoQForCausalLM(nn.Module):
         packing: bool = True,
         seed: int = 0,
         progress: bool = True,
+        device: str | int | torch.device | Sequence[str | int | torch.device] | None = None,
         **settings: Any,
     ) -> QuantizationReport:
         """Quantizes the linears of the decoder blocks, in place, with AWQ.
@@ -179,6 +190,9 @@ class AutoQForCausalLM(nn.Module):
             `datasets` name or dataset. None: English text that ships with Python.
         split, text_column: which part of a dataset to use.
         packing: True joins the samples and cuts them into windows of `max_calib_seq_len`; False truncates each.
+        device: where blocks are run and searched: each is brought there and back, so that a model in the CPU's memory
+            needs no more of a GPU than a block takes. Of several devices, blocks take turns, and are searched at the
+            same time. None: every block where it is.
         Returns the report, which is kept as `report` too.
 
         Raises ConfigError, CalibrationError, ArchitectureError or QuantizationError, each a sentence.
@@ -188,6 +202,7 @@ class AutoQForCausalLM(nn.Module):
         if self.quant_config is not None:
             raise ConfigError("this model is quantized already; load the full-precision model to quantize it again")
         settings = _without_autoawq_options(settings, "quantize")
+        devices = _devices(device)
         if isinstance(quant_config, QuantConfig):
             # Other bits may need another format than the one the config settled on.
             version = {"version": ""} if "bits" in settings else {}
@@ -215,12 +230,26 @@ class AutoQForCausalLM(nn.Module):
         self._interrupted = True
         training = self.model.training
         try:
-            self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress)
+            self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress, devices)
             fuse_blocks(self.model)
             self._interrupted = False
         finally:
             self.model.train(training)
         return self.report
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # All of `.to`, `.cuda`, `.cpu`, `.half` and the like.
+        if is_offloaded(self.model):
+            raise ConfigError(
+                "some weights of this model are offloaded, so it can be neither moved nor cast; load it again with the "
+                "device_map and the torch_dtype it should have"
+            )
+        super()._apply(fn, recurse)
+        if getattr(self.model, "hf_device_map", None) is not None:
+            self.model.hf_device_map = present_device_map(self.model)
+            if len(self.model.hf_device_map) == 1:
+                disconnect(self.model)
+        return self
 
     def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: int | str = "5GB") -> None:
         """Writes the quantized model; a stopped save leaves nothing that loads.
@@ -264,6 +293,20 @@ class AutoQForCausalLM(nn.Module):
         if isinstance(values, dict):
             return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
         return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def _devices(device: Any) -> list[torch.device]:
+    """The devices that `quantize` was given."""
+    if device is None:
+        return []
+    several = isinstance(device, (list, tuple))
+    names = [
+        device_named(one, "device is", "Give a device such as 'cuda:0', or a list of devices")
+        for one in (device if several else [device])
+    ]
+    if not names or "disk" in names:
+        raise ConfigError(f"device is {device!r}; blocks are searched on a device such as 'cuda:0', or a list of them")
+    return [torch_device(name) for name in names]
 
 
 def _without_autoawq_options(options: Mapping[str, Any], method: str, **others: Any) -> dict[str, Any]:

@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
-from accelerate.utils import (
-    get_balanced_memory,
-    infer_auto_device_map,
-    offload_weight,
-    save_offload_index,
-    set_module_tensor_to_device,
-)
+from accelerate import init_empty_weights
+from accelerate.utils import OffloadedWeightsLoader, offload_weight, save_offload_index
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -30,11 +24,11 @@ from autoq.errors import CheckpointError, ConfigError
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
+from autoq.nn.spread import connect, fetch_from_disk
 from autoq.ops import PackedWeight
+from autoq.placement import Device, DeviceMap, Placement, place, tied_names, torch_device
 from autoq.quantization.weight import QuantizedWeight
 
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
-_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # Where older tools keep what config.json now holds.
 _NOT_FOR_TRANSFORMERS = (
     "quantization_config", "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
@@ -114,16 +108,18 @@ def load_quantized(
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
         linears = _insert_quantized_linears(model, reader, quant_config)
         _insert_scaled_activations(model, reader)
-        tied = _tied_names(model)
+        tied = tied_names(model)
         _check_tensors(model, reader, linears, tied)
-        placement = _Placement(model, device_map, max_memory, offload_folder)
-        for name, tensor in _tensors(model, reader, linears, tied):
-            placement.put(name, tensor)
         model.tie_weights()
+        placement = place(model, device_map, max_memory)
+        loader = _Loader(model, placement, offload_folder)
+        for name, tensor in _tensors(model, reader, linears, tied):
+            loader.put(name, tensor)
         for name, source in tied.items():
-            if "disk" in (placement.device_of(name), placement.device_of(source)):
-                # Only tensors in memory can be one; where accelerate fetches them, each needs its own.
-                placement.put(name, reader.read(source).to(model.dtype))
+            if placement.by_tensor()[name] == "disk":
+                # Only tensors in memory can be one; where they are fetched, each needs its own.
+                loader.put(name, reader.read(source).to(model.dtype))
+        loader.finish()
     if (directory / "generation_config.json").is_file():
         settings = read_json(directory / "generation_config.json")
         try:
@@ -132,8 +128,7 @@ def load_quantized(
             raise CheckpointError(
                 f"{directory / 'generation_config.json'} is not a generation config ({first_line(error)})"
             ) from None
-    model.eval()
-    return placement.finish(), quant_config
+    return model.eval(), quant_config
 
 
 def _model_config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfig:
@@ -218,13 +213,6 @@ def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
     return QuantizedWeight(empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits)
 
 
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that are another name of a tensor the checkpoint holds once, with the name it has there."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    return dict(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or {})
-
-
 def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
     packed = {f"{name}.{leaf}" for name in linears for leaf in PackedWeight._fields}
@@ -283,124 +271,55 @@ def _tensors(
             yield name, reader.read(name).to(tensor.dtype)
 
 
-class _Placement:
-    """Where the model's tensors go, as accelerate plans it from the quantized sizes."""
+class _Loader:
+    """Puts tensors where a placement says."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        device_map: DeviceMap | None,
-        max_memory: Mapping[int | str, int | str] | None,
-        offload_folder: str | Path | None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, placement: Placement, offload_folder: str | Path | None) -> None:
         self._model = model
-        self.device_map = _resolve_device_map(model, device_map, max_memory)
+        self._placement = placement
+        self._devices = placement.by_tensor()
         self._offload_index: dict[str, Any] = {}
-        self._offload_folder: str | None = None
-        if "disk" in self.device_map.values():
-            self._offload_folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
+        self._folder = ""
+        if "disk" in self._devices.values():
+            self._folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
             if offload_folder is None:
-                weakref.finalize(model, shutil.rmtree, self._offload_folder, ignore_errors=True)
-            Path(self._offload_folder).mkdir(parents=True, exist_ok=True)
-
-    def device_of(self, name: str) -> str | int | torch.device:
-        """The device of a tensor: that of the nearest module the map names."""
-        while name not in self.device_map:
-            if not name:
-                raise ConfigError("the device_map leaves out some modules; give every one a device, or '' for the rest")
-            name = name.rpartition(".")[0]
-        return self.device_map[name]
+                weakref.finalize(model, shutil.rmtree, self._folder, ignore_errors=True)
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        device = self.device_of(name)
-        if device == "disk":
-            self._offload_index = offload_weight(tensor, name, self._offload_folder, self._offload_index)
+        """Straight from the file's memory to the device: no device holds more than its own."""
+        device = self._devices[name]
+        if device == "disk" and name not in self._placement.devices:
+            self._offload_index = offload_weight(tensor, name, self._folder, self._offload_index)
         else:
-            # What a GPU model keeps on the CPU is put there first; dispatch_model makes its copies from there.
-            set_module_tensor_to_device(self._model, name, device, value=tensor, dtype=tensor.dtype)
+            self._assign(name, tensor.to(self._memory(device)))
 
-    def finish(self) -> PreTrainedModel:
-        devices = set(self.device_map.values())
-        if devices == {"cpu"} or (len(devices) == 1 and "disk" not in devices):
-            return self._model
-        if self._offload_folder is not None:
-            save_offload_index(self._offload_index, self._offload_folder)
-        dispatched: PreTrainedModel = dispatch_model(
-            self._model,
-            device_map=self.device_map,
-            offload_dir=self._offload_folder,
-            offload_buffers=True,
-            skip_keys=self._model._skip_keys_device_placement,
-        )
-        return dispatched
+    def _memory(self, device: Device) -> torch.device:
+        """The device whose memory it is; for the disk, that of the one which runs what is there."""
+        return torch_device(self._placement.runner if device == "disk" else device)
 
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            module._buffers[leaf] = tensor
 
-def _resolve_device_map(
-    model: PreTrainedModel, device_map: DeviceMap | None, max_memory: Mapping[int | str, int | str] | None
-) -> dict[str, str | int | torch.device]:
-    if device_map is None:
-        return {"": "cpu"}
-    if isinstance(device_map, Mapping):
-        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-        for name in device_map:
-            if name not in names:
-                raise ConfigError(f"the device_map names {name!r}, which is no module of this model")
-        return _disjoint("", model, {name: _device(device) for name, device in device_map.items()})
-    if not isinstance(device_map, str) or device_map not in _STRATEGIES:
-        return {"": _device(device_map)}
-    classes = list(model._no_split_modules or ())
-    model.tie_weights()
-    try:
-        memory = dict(max_memory) if max_memory is not None else None
-        if device_map != "sequential" and torch.cuda.device_count() > 1:
-            memory = get_balanced_memory(
-                model, max_memory=memory, no_split_module_classes=classes, low_zero=device_map == "balanced_low_0"
-            )
-        resolved: dict[str, str | int | torch.device] = infer_auto_device_map(
-            model, max_memory=memory, no_split_module_classes=classes
-        )
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ConfigError(
-            f"max_memory is {max_memory!r}; it should be a dict such as {{0: '20GiB', 'cpu': '60GiB'}} "
-            f"({first_line(error)})"
-        ) from None
-    return resolved
-
-
-def _disjoint(
-    name: str, module: nn.Module, device_map: dict[str, str | int | torch.device]
-) -> dict[str, str | int | torch.device]:
-    """A device map in which no entry lies within another, which accelerate would not take."""
-    within = {key: device for key, device in device_map.items() if not name or key.startswith(f"{name}.")}
-    within.pop(name, None)
-    if not within:
-        return {name: device_map[name]} if name in device_map else {}
-    parts = [*module.named_children(), *((leaf, module) for leaf, _ in module.named_parameters(recurse=False))]
-    result: dict[str, str | int | torch.device] = {}
-    for leaf, part in parts:
-        full = f"{name}.{leaf}" if name else leaf
-        inherited = {full: device_map[name]} if name in device_map else {}
-        result.update(_disjoint(full, part, {**inherited, **within}))
-    return result
-
-
-def _device(device: Any) -> str | int:
-    """A device that is there, as accelerate writes it."""
-    try:
-        if device == "disk":
-            return "disk"
-        found = torch.device("cuda", device) if type(device) is int else torch.device(device)
-        if found.type == "cuda" and (found.index or 0) < torch.cuda.device_count():
-            return found.index or 0
-        if found.type == "cpu":
-            return "cpu"
-        torch.empty(0, device=found)
-        if found.type not in ("cuda", "meta"):
-            return str(found)
-        problem = "it is not on this machine"
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        problem = first_line(error)
-    raise ConfigError(
-        f"device_map asks for {device!r}: {problem}. It should be one of {', '.join(_STRATEGIES)}, a device such as "
-        "'cpu' or 'cuda:0', or a dict from module names to devices"
-    )
+    def finish(self) -> None:
+        """Once every tensor is there: ties, computed buffers, and what moves tensors while the model runs."""
+        model: Any = self._model
+        placement = self._placement
+        model.tie_weights()
+        for name, buffer in list(model.named_buffers()):
+            if not buffer.is_meta:
+                self._assign(name, buffer.to(self._memory(self._devices[name])))
+        if self._folder:
+            save_offload_index(self._offload_index, self._folder)
+            weights = OffloadedWeightsLoader(save_folder=self._folder)
+            for name in placement.modules():
+                if placement.devices[name] == "disk":
+                    fetch_from_disk(model, name, weights, self._memory("disk"))
+        model.hf_device_map = placement.device_map()
+        if len(set(placement.devices.values())) > 1:
+            connect(model, placement.modules())

@@ -14,10 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autoq._version import __version__
 from autoq.checkpoint import CONFIG, REPORT, write_checkpoint
 from autoq.config import QuantConfig
-from autoq.errors import CheckpointError, ConfigError
+from autoq.errors import ConfigError
 from autoq.formats import get_format
 from autoq.nn import QuantLinear
+from autoq.nn.spread import in_memory
 from autoq.ops import PackedWeight
+from autoq.placement import tied_names
 from autoq.quantization.report import QuantizationReport
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -70,22 +72,22 @@ def _to_json(value: dict[str, Any]) -> str:
 
 
 def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, packed one linear at a time."""
-    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    packed = {f"{name}.{leaf}" for name in quantized for leaf in PackedWeight._fields}
+    """Every tensor of the checkpoint, packed one linear at a time; what is on the disk is fetched as it is written."""
     saved: dict[int, str] = {}
+    tied = tied_names(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise CheckpointError(
-                f"{name} is not in memory (it is offloaded); load the model without offloading to save it"
-            )
-        owner = name.rpartition(".")[0]
-        if name == f"{owner}.codes" and owner in quantized:
-            layout = get_format(config.version_for(owner))
-            for leaf, part in layout.pack(quantized[owner].quantized_weight()).items():
-                yield f"{owner}.{leaf}", part
-        # A tied tensor is saved once, under its first name; loading ties it again.
-        elif name not in packed and saved.setdefault(id(tensor), name) == name:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, QuantLinear) and leaf in PackedWeight._fields:
+            if leaf == PackedWeight._fields[0]:
+                layout = get_format(config.version_for(owner))
+                with in_memory(module, owner):
+                    packed = layout.pack(module.quantized_weight())
+                yield from ((f"{owner}.{leaf}", part) for leaf, part in packed.items())
+        # A tied tensor is saved once, under its first name; loading ties it again. On the disk, every name has its own.
+        elif saved.setdefault(id(tensor), name) == name and not (tensor.is_meta and name in tied):
+            with in_memory(module, owner):
+                tensor = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
             yield name, tensor
 
 

@@ -1,6 +1,8 @@
 """Writes on from a prompt with a quantized model, word by word.
 
 python examples/generate.py MODEL PROMPT [--new-tokens 128] [--temperature 0.7] [--chat]
+
+A model that one GPU does not hold: [--device-map balanced] [--max-memory 0=20GiB 1=20GiB cpu=60GiB]
 """
 
 from __future__ import annotations
@@ -21,9 +23,19 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token every time")
     parser.add_argument("--chat", action="store_true", help="give the prompt as a user's message")
     parser.add_argument("--device-map", default="auto", help="auto, balanced, sequential, or a device")
+    parser.add_argument("--max-memory", nargs="+", metavar="DEVICE=SIZE", help="what each device may hold")
     arguments = parser.parse_args()
+    if not all("=" in entry for entry in arguments.max_memory or ()):
+        parser.error("--max-memory takes entries such as 0=20GiB")
 
-    model = AutoQForCausalLM.from_quantized(arguments.model, device_map=arguments.device_map)
+    memory = arguments.max_memory and dict(entry.split("=", 1) for entry in arguments.max_memory)
+    model = AutoQForCausalLM.from_quantized(
+        arguments.model,
+        device_map=arguments.device_map,
+        max_memory=memory and {int(name) if name.isdigit() else name: size for name, size in memory.items()},
+    )
+    if len(model.hf_device_map) > 1:
+        print("\n".join(f"{part}: {device}" for part, device in model.hf_device_map.items()))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.chat:
         messages = [{"role": "user", "content": arguments.prompt}]

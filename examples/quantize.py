@@ -1,6 +1,8 @@
 """Quantizes a model with AWQ and saves it.
 
 python examples/quantize.py MODEL OUT [--bits 4] [--group-size 128] [--head-bits 8] [--calibration FILE_OR_DATASET]
+
+The model stays in the memory of the CPU; with [--device cuda:0 cuda:1] its blocks visit these GPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
+    parser.add_argument("--device", nargs="+", help="where blocks are searched, such as cuda:0 cuda:1 (default: here)")
     arguments = parser.parse_args()
 
     model = AutoQForCausalLM.from_pretrained(arguments.model)
@@ -39,6 +42,7 @@ def main() -> None:
         calib_data=arguments.calibration,
         max_calib_samples=arguments.samples,
         max_calib_seq_len=arguments.length,
+        device=arguments.device,
     )
     print(report)
     model.save_quantized(arguments.out)

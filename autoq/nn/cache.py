@@ -168,7 +168,7 @@ class KVLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only some of the sequences."""
-        self._change(lambda tensor: tensor[indices])
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffers is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,12 +36,17 @@ _BATCH_TOKENS = 4096
 
 
 def quantize_model(
-    model: PreTrainedModel, config: QuantConfig, calibration: CalibrationSet, progress: bool = True
+    model: PreTrainedModel,
+    config: QuantConfig,
+    calibration: CalibrationSet,
+    progress: bool = True,
+    devices: Sequence[torch.device] = (),
 ) -> tuple[QuantConfig, QuantizationReport]:
     """Quantizes every linear of the decoder blocks, in place.
 
     model: a transformers causal LM in evaluation mode with its weights in memory.
     calibration: the token samples whose activations guide the search.
+    devices: where blocks are run and searched, in turns; each goes back to where it was. Empty: where it is.
     Returns the config with what the run settled (linears left alone, other group sizes), and the report.
 
     Raises ArchitectureError for an unknown family or block, QuantizationError when a weight or an activation is not
@@ -51,12 +58,10 @@ def quantize_model(
     report = QuantizationReport(calibration.describe(), calibration.tokens)
     with torch.no_grad():
         activations = _block_inputs(model, blocks, calibration.samples)
-        for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
-            prefix = f"{plan.architecture.blocks}.{index}"
-            statistics = _observe(block, prefix, activations, index, plan)
-            report.linears += _quantize_block(block, prefix, statistics, plan)
+        report.linears += _quantize_blocks(blocks, activations, plan, devices, progress)
         if LM_HEAD in plan.group_sizes:
-            report.linears.append(_quantize_head(model, activations, calibration.samples, plan))
+            device = devices[0] if devices else None
+            report.linears.append(_quantize_head(model, activations, calibration.samples, plan, device))
     _warn_if_undercalibrated(report, plan.in_features)
     _warn_of_surprises(plan)
     report.seconds = time.perf_counter() - start
@@ -148,12 +153,52 @@ class _Plan:
         return partial(fake_quantize, bits=bits, group_size=size, zero_point=self.config.zero_point)
 
 
+def _quantize_blocks(
+    blocks: nn.ModuleList, activations: _Activations, plan: _Plan, devices: Sequence[torch.device], progress: bool
+) -> list[LinearReport]:
+    """Walks the blocks. What flows between them does not depend on the search, so where there are several devices, a
+    block is observed on one while those before it are searched on the others."""
+    searches: list[Future[list[LinearReport]]] = []
+    with ThreadPoolExecutor(max(1, len(devices))) as pool:
+        search = pool.submit if len(devices) > 1 else _at_once
+        for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
+            if len(searches) >= len(devices) > 0:
+                searches[-len(devices)].result()  # the device is free again
+            prefix = f"{plan.architecture.blocks}.{index}"
+            home = _device_of(block)
+            if devices:
+                block.to(devices[index % len(devices)])
+            statistics = _observe(block, prefix, activations, index, plan)
+            searches.append(search(_search_block, block, prefix, statistics, plan, home))
+    return [report for done in searches for report in done.result()]
+
+
+def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    done.set_result(function(*args))
+    return done
+
+
+def _search_block(
+    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan, home: torch.device
+) -> list[LinearReport]:
+    with torch.no_grad():  # which every thread decides for itself
+        reports = _quantize_block(block, prefix, statistics, plan)
+        if _device_of(block) != home:
+            block.to(home)
+    return reports
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
+
+
 def _check_in_memory(block: nn.Module, prefix: str) -> None:
     for name, parameter in block.named_parameters():
         if parameter.is_meta:
             raise QuantizationError(
                 f"the weight {prefix}.{name} is not in memory (it is offloaded); "
-                "load the model without offloading before quantizing it"
+                "load the model on the CPU (device_map='cpu'), and have its blocks quantized on a GPU (device='cuda')"
             )
 
 
@@ -264,7 +309,7 @@ def _observe(
     for group in plan.architecture.groups(plan.model_config, scale_activations=True):
         leader_of.update(dict.fromkeys(group.linears, group.linears[0]))
     statistics: dict[str, InputStatistics] = {}
-    device = next(block.parameters()).device
+    device = _device_of(block)
     with _input_hooks(block, set(leader_of.values()), statistics):
         for index, hidden in enumerate(activations.hidden_states):
             keywords = activations.keywords[index][activations.kinds[number]]
@@ -315,13 +360,22 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 
 
 def _quantize_head(
-    model: PreTrainedModel, activations: _Activations, samples: Sequence[Tensor], plan: _Plan
+    model: PreTrainedModel,
+    activations: _Activations,
+    samples: Sequence[Tensor],
+    plan: _Plan,
+    device: torch.device | None,
 ) -> LinearReport:
-    """Quantizes the output head, with what the blocks made of the calibration data as its inputs.
+    """Quantizes the output head, with what the blocks made of the calibration data as its inputs; on a device, or where
+    it is.
 
     A head that is tied to the embeddings is untied: they stay as they are.
     """
     head = _head(model)
+    home = head.weight.device
+    head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)  # its own: moving it moves no embeddings
+    if device is not None:
+        head.to(device)
     statistics = InputStatistics(head.in_features, head.weight.device)
 
     def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -343,7 +397,7 @@ def _quantize_head(
     item = _LinearWork(head, LM_HEAD)
     inputs = _ScaledInputs(statistics, item.column_scale, plan.config.compensate)
     module, report = _quantize_linear(LM_HEAD, item, inputs, plan)
-    replace_module(model, LM_HEAD, module)
+    replace_module(model, LM_HEAD, module.to(home))
     model.config.tie_word_embeddings = False
     return report
 
@@ -353,6 +407,7 @@ def _blocks_that_give(hidden: Tensor, model: PreTrainedModel, plan: _Plan) -> It
     """While open, the blocks of the model compute nothing, and the last gives `hidden`."""
     blocks = plan.architecture.decoder_blocks(model)
     in_tuple = plan.architecture.block(plan.model_config).returns_tuple
+    hidden = hidden.to(_device_of(blocks[-1]))
 
     def give(*_args: Any, **_kwargs: Any) -> Any:
         return (hidden, None) if in_tuple else hidden

@@ -1,0 +1,123 @@
+"""A machine with GPUs that are none: tensors that say they are on one of them, hold their values on the CPU, and refuse
+to meet tensors of another device. What runs on it gives the numbers it gives on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("gpu")
+CPU, FIRST, SECOND = (torch.device(name) for name in ("cpu", "gpu:0", "gpu:1"))
+
+
+class DeviceMismatch(Exception):
+    pass
+
+
+class _OnGPU(Tensor):
+    """`held`: the values, on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if device is None:  # accelerate makes parameters of the class that it finds
+            return torch.nn.Parameter(held, requires_grad)
+        found: _OnGPU = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=device
+        )
+        found.held = held
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self) -> str:
+        return f"{self.held!r} on {self.device}"
+
+
+def _devices(arguments: Any) -> Iterator[torch.device]:
+    for value in tree_iter(arguments):
+        # As on a GPU, a number may come from anywhere.
+        if isinstance(value, Tensor) and (isinstance(value, _OnGPU) or value.ndim > 0):
+            yield value.device
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    asked = kwargs.get("device")
+    found = set(_devices((args, kwargs)))
+    copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+    if len(found) > 1 and not copies:
+        raise DeviceMismatch(f"{func} got tensors on {sorted(map(str, found))}")
+    place = asked if asked is not None else args[0].device if copies else next(iter(found), CPU)
+    if place.type == "gpu":
+        place = torch.device("gpu", place.index or 0)
+    wrappers: dict[int, Any] = {}
+
+    def unwrap(value: Any) -> Any:
+        if isinstance(value, _OnGPU):
+            wrappers[id(value.held)] = value
+            return value.held
+        return CPU if isinstance(value, torch.device) and value.type == "gpu" else value
+
+    def wrap(value: Any) -> Any:
+        if isinstance(value, Tensor) and place.type == "gpu":
+            return wrappers.get(id(value)) if id(value) in wrappers else _OnGPU(value, place)
+        return value
+
+    args, kwargs = tree_map(unwrap, (args, kwargs))
+    result = func(*args, **kwargs)
+    if func is torch.ops.aten._to_copy.default and any(result is value for value in tree_iter(args)):
+        result = result.clone()
+    return tree_map(wrap, result)
+
+
+class _MadeOnCPU(TorchFunctionMode):
+    """`torch.tensor`, and an index that is a list, are copied to a device where no dispatch mode sees it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            device = args[0].device
+            index = (_OnGPU(torch.tensor(part), device) if isinstance(part, list) else part for part in args[1])
+            args = (args[0], tuple(index) if device.type == "gpu" else args[1])
+        return func(*args, **kwargs)
+
+
+class Machine(TorchDispatchMode):
+    """While open, its devices "gpu:0", "gpu:1", ... can be used.
+
+    moves: the shape of every tensor that was copied to another device, and that device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made_on_cpu = _MadeOnCPU()
+        self.moves: list[tuple[tuple[int, ...], torch.device]] = []
+
+    def __enter__(self) -> Machine:
+        self._made_on_cpu.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._made_on_cpu.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _run(func, args, kwargs or {})
+        if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            self.moves.append((tuple(result.shape), result.device))
+        return result
