@@ -1,27 +1,13 @@
 // The operators on CUDA. `linear` has no kernel here: its reference dequantizes and multiplies with torch.
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "../packed.h"
 #include "dequantize.h"
+#include "stream.h"
 
 namespace autoq {
 namespace {
-
-// torch's current stream. Its accessor is looked up by name: a hard reference would keep the extension from being
-// imported where torch has no CUDA.
-void* current_stream(int32_t device) {
-    using Accessor = AOTITorchError (*)(int32_t, void**);
-    static const auto accessor = [] {
-        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-    }();
-    STD_TORCH_CHECK(accessor != nullptr, "autoq: this torch has no CUDA; install one built with CUDA");
-    void* stream = nullptr;
-    STD_TORCH_CHECK(accessor(device, &stream) == 0, "autoq: torch gave no CUDA stream for device ", device);
-    return stream;
-}
 
 Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t out_features, int64_t in_features, ScalarType dtype) {
