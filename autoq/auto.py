@@ -19,6 +19,7 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import DeviceMap, find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
+from autoq.nn.graph import record_steps
 from autoq.ops import MODES
 from autoq.quantization.calibration import load_calibration
 from autoq.quantization.pipeline import quantize_model
@@ -151,6 +152,8 @@ class AutoQForCausalLM(nn.Module):
             if isinstance(module, QuantLinear):
                 module.mode = mode
         fused = fuse_blocks(model, quantized_cache=kv_cache_bits == 8) if fuse_layers else 0
+        if fused:
+            record_steps(model)
         if kv_cache_bits is not None and not fused:
             warnings.warn("kv_cache_bits has no effect: no block of this model is fused", stacklevel=2)
         return cls(model, quant_config)
@@ -216,7 +219,8 @@ class AutoQForCausalLM(nn.Module):
         training = self.model.training
         try:
             self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress)
-            fuse_blocks(self.model)
+            if fuse_blocks(self.model):
+                record_steps(self.model)
             self._interrupted = False
         finally:
             self.model.train(training)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.architectures.base import BlockParts, RotaryKind
-from autoq.block_ops import MAX_HEAD_DIM, ActivationKind, BlockSettings, BlockTensors, decoder_block
+from autoq.block_ops import MAX_HEAD_DIM, QKV_CODES, ActivationKind, BlockSettings, BlockTensors, decoder_block, runs_on
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
@@ -118,7 +119,10 @@ class _Parts:
         return [*self.qkv, self.output, *self.up, self.down]
 
     def can_be_fused(self) -> bool:
-        if not all(isinstance(linear, QuantLinear) and linear.codes.is_cpu for linear in self.linears):
+        if not all(isinstance(linear, QuantLinear) for linear in self.linears):
+            return False
+        devices = {linear.codes.device for linear in self.linears}
+        if len(devices) > 1 or not runs_on(devices.pop()):
             return False
         return (
             self._activation_kind() is not None
@@ -133,9 +137,7 @@ class _Parts:
         if nn.modules.module._has_any_global_hook():
             return False
         for siblings, leaf, module in self._places:
-            if siblings.get(leaf) is not module or "forward" in module.__dict__ or module._forward_pre_hooks:
-                return False
-            if module._forward_hooks and not all(_is_idle(hook) for hook in module._forward_hooks.values()):
+            if siblings.get(leaf) is not module or "forward" in module.__dict__ or is_watched(module):
                 return False
         return True
 
@@ -195,6 +197,13 @@ class _Parts:
 _NOTHING = torch.empty(0)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks see or change what goes through a module."""
+    if module._forward_pre_hooks:
+        return True
+    return bool(module._forward_hooks) and not all(_is_idle(hook) for hook in module._forward_hooks.values())
+
+
 def _is_idle(hook: Any) -> bool:
     """Whether a forward hook is the one that transformers leaves on a model once attention weights were asked for, and
     they are not asked for now."""
@@ -204,7 +213,7 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or "attentions" not in collected
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
+def tensor_state(tensor: Tensor) -> tuple[int, int]:
     """What changes when the values do: the version, or the memory when somebody assigns to `.data`."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
@@ -259,11 +268,11 @@ class _RotaryTable:
         last = self._last
         if last is not None and last[0] is positions and not positions.is_inference():
             _, state, cosines, sines = last
-            if state == _state(positions) and cosines.dtype == dtype:
+            if state == tensor_state(positions) and cosines.dtype == dtype:
                 return cosines, sines
         sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
         cosines, sines = cosines.contiguous(), sines.contiguous()
-        self._last = (positions, _state(positions), cosines, sines)
+        self._last = (positions, tensor_state(positions), cosines, sines)
         return cosines, sines
 
 
@@ -302,7 +311,7 @@ class FusedForward:
             tensors = self._parts.tensors()
         self._tensors = list(tensors)
         self._sources: list[tuple[dict[str, Any], str, Tensor, tuple[int, int]]] = [
-            (place, name, place[name], _state(place[name]))
+            (place, name, place[name], tensor_state(place[name]))
             for place, name in self._parts.sources()
             if place[name] is not None
         ]
@@ -313,7 +322,7 @@ class FusedForward:
     def _is_current(self) -> bool:
         """Whether the tensors are still those of the modules, with the values they had."""
         for place, name, tensor, state in self._sources:
-            if place.get(name) is not tensor or _state(tensor) != state:
+            if place.get(name) is not tensor or tensor_state(tensor) != state:
                 return False
         return True
 
@@ -327,11 +336,9 @@ class FusedForward:
 
     def _run(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
         """The block's output, or None where its own forward has to make it."""
-        if block.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
             return None
-        if options.get("output_attentions") or self._config._attn_implementation not in _ATTENTIONS:
-            return None
-        if not self._parts.untouched():
+        if options.get("output_attentions") or not self._may_run(block):
             return None
         if not self._is_current():
             if not self._parts.can_be_fused():
@@ -339,15 +346,17 @@ class FusedForward:
             self._collect()
         if not self._dtypes <= {hidden.dtype} or self._needs_gradients(hidden):
             return None
-        modes = {linear.mode for linear in self._parts.linears}
-        if len(modes) > 1:
+        if hidden.device != self._tensors[QKV_CODES].device:
+            return None
+        mode = self._mode()
+        if mode is None:
             return None
         description = self._parts.description
         heads = description.heads
         batch, tokens, _ = hidden.shape
         shape = (batch, heads.kv_heads, tokens, heads.head_dim)
         cache = options.get("past_key_values", options.get("layer_past"))
-        layer, past = None, 0
+        layer, past, length = None, 0, None
         if cache is None:
             buffers = KVBuffers.empty(hidden, shape, self._quantized_cache)
         else:
@@ -355,17 +364,36 @@ class FusedForward:
             if layer is None:
                 return None
             buffers, past = layer.reserve(hidden, *shape)
+            length = layer.length
         mask = options.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
             hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
-            self._tensors, self._integers[modes.pop()], self._constants,
+            self._tensors, self._integers[mode], self._constants, length,
         )  # fmt: skip
         if layer is not None:
             layer.advance(tokens)
         return output
+
+    def _may_run(self, block: nn.Module) -> bool:
+        return not block.training and self._config._attn_implementation in _ATTENTIONS and self._parts.untouched()
+
+    def _mode(self) -> str | None:
+        """The mode of the linears, or None if they have several."""
+        modes = {linear.mode for linear in self._parts.linears}
+        return modes.pop() if len(modes) == 1 else None
+
+    def is_ready(self) -> bool:
+        """Whether the operator would be called with what it was called with last."""
+        block = self._block()
+        return block is not None and self._may_run(block) and self._is_current()
+
+    @property
+    def state(self) -> tuple[list[Tensor], str | None]:
+        """What the operator is called with: another list, or another mode, is another call."""
+        return self._tensors, self._mode()
 
     def _needs_gradients(self, hidden: Tensor) -> bool:
         if not torch.is_grad_enabled():
@@ -388,4 +416,6 @@ class FusedForward:
         if bias is None:
             return None
         bias = bias[:, :, -positions:]
+        if bias.shape[2] < positions:  # the room of a cache, more than the model has positions
+            bias = functional.pad(bias, (0, positions - bias.shape[2]))
         return bias.view(-1, self._parts.description.heads.heads, *bias.shape[1:])

@@ -441,7 +441,9 @@ const char* attend_part(const AttentionInput& input, const Parts& parts, void* s
         return launch_attend<C, 1, 1, 32>(input, parts, stream);
     }
     const int64_t packs = (size + kWarp * kWide - 1) / (kWarp * kWide);
-    if (packs > 4) return launch_attend<C, kWide, 1, 8>(input, parts, stream);
+    if constexpr (sizeof(C) == 4) {
+        if (packs > 4) return launch_attend<C, kWide, 1, 8>(input, parts, stream);
+    }
     if (packs > 2) return launch_attend<C, kWide, 1, 4>(input, parts, stream);
     if (packs > 1) return launch_attend<C, kWide, 1, 2>(input, parts, stream);
     switch (rows_of_block(input)) {
