@@ -58,7 +58,7 @@ void choose_blocks(const PackedWeight& weight, int64_t rows, const DevicePropert
     }
     // Less than a stage for each slice is not worth a block.
     const int64_t useful = std::max<int64_t>(1, tiles * stages_of(weight) / plan.slices);
-    plan.blocks = static_cast<int>(std::min<int64_t>(int64_t{device.multiprocessors} * most, useful));
+    plan.blocks = static_cast<int>(std::min<int64_t>({int64_t{device.multiprocessors} * most, useful, kMostCounters}));
     plan.whole_tiles = false;
 }
 

@@ -27,6 +27,11 @@ struct LinearProblem {
     void* out;         // [rows, out_features]
 };
 
+// Up to so many rows the kernels below multiply; for more, it pays to dequantize the weight and let cuBLAS multiply. An
+// estimate, until it is measured: at 256 rows a weight's 512 operations take about as long as writing and reading it in
+// 16 bits.
+constexpr int64_t kMostLinearRows = 256;
+
 // Whether the kernels can multiply this weight: groups must consist of whole units of 32 columns.
 bool linear_takes(const PackedWeight& weight);
 
