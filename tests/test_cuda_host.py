@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cuda_host
 import pytest
 import torch
 from cuda_host import ORDERS, run
-from operators import BITS, DTYPES, make_weight
+from operators import BITS, DTYPES, exact_linear, make_input, make_weight, relative_error
+from torch import Tensor
 
 from autoq import ops
-from autoq.quantization.weight import dequantize
+from autoq.quantization.weight import QuantizedWeight, dequantize
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="there is no C++ compiler")
 
@@ -92,3 +95,169 @@ def test_dequantize_is_exact(out_features: int, in_features: int, group_size: in
         sizes = (bits, out_features, in_features, packed.scales.shape[1])
         run("host_dequantize", *packed, *sizes, dense, cuda_host.DTYPES[dtype])
         assert torch.equal(dense, dequantize(weight, dtype))
+
+
+# ---- linear ----------------------------------------------------------------------------------------------------------
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+# What rounding a result to the dtype costs; everything before is exact, or fp32.
+ROUNDING = {torch.float16: 3e-4, torch.bfloat16: 2.4e-3}
+
+
+class Plan(NamedTuple):
+    """csrc/cuda/linear.h"""
+
+    row_tiles: int = 1
+    warps_across: int = 1
+    slices: int = 1
+    blocks: int = 1
+    whole_tiles: bool = False
+
+
+def plan_for(weight: QuantizedWeight, rows: int) -> tuple[Plan, int]:
+    """The plan for the emulated GPU, and its workspace in bytes."""
+    found = torch.empty(6, dtype=torch.int64)
+    run("host_plan", weight.bits, *weight.codes.shape, weight.scales.shape[1], rows, found)
+    *plan, workspace = found.tolist()
+    return Plan(*plan), workspace
+
+
+def run_linear(
+    input: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    plan: Plan | None = None,
+    order: str = "ascending",
+    columns: int | None = None,
+) -> Tensor:
+    """The kernel's product; whatever it leaves unwritten is NaN, as is its workspace at the start."""
+    out_features, in_features = weight.codes.shape
+    rows = input.shape[0]
+    if plan is None:
+        plan = plan_for(weight, rows)[0]
+    if columns is not None:
+        input = torch.nn.functional.pad(input, (0, columns - in_features))
+    out = torch.full((rows, out_features), float("nan"), dtype=input.dtype)
+    workspace = torch.full((plan.blocks * 2 * plan.warps_across * plan.row_tiles * 256,), float("nan"))
+    counters = torch.zeros(plan.blocks, dtype=torch.int32)
+    packed = ops.pack(weight)
+    sizes = (weight.bits, out_features, in_features, packed.scales.shape[1])
+    problem = (input, cuda_host.DTYPES[input.dtype], rows, input.shape[1], bias, out)
+    run("host_linear", *packed, *sizes, *problem, workspace, counters, *map(int, plan), order=order)
+    assert not counters.any()
+    return out
+
+
+def check_linear(weight: QuantizedWeight, rows: int, dtype: torch.dtype, plan: Plan | None = None) -> None:
+    out_features, in_features = weight.codes.shape
+    input, bias = make_input(rows, in_features, dtype=dtype), make_input(out_features, dtype=dtype, seed=2)
+    result = run_linear(input, weight, bias, plan)
+    assert relative_error(result, exact_linear(input, weight, bias)) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 33, 64, 70])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_linear_for_any_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    cuda_host.set_device()
+    check_linear(make_weight(80, 384, 4, 128), rows, dtype)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 192, 384, -1])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_linear_for_any_bits_and_groups(dtype: torch.dtype, bits: int, group_size: int) -> None:
+    cuda_host.set_device()
+    check_linear(make_weight(48, 768 if group_size != 192 else 576, bits, group_size), 3, dtype)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("row_tiles", [1, 2, 4, 8])
+def test_linear_for_any_bits_and_rows(row_tiles: int, bits: int) -> None:
+    for dtype in HALF_DTYPES:
+        check_linear(make_weight(64, 160, bits, 32), 8 * row_tiles - 1, dtype, Plan(row_tiles, 2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "group_size"),
+    [(1, 8, -1), (5, 16, -1), (15, 40, -1), (17, 200, -1), (33, 96, 32), (50, 160, 160), (63, 544, 32), (66, 136, -1)],
+)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_linear_for_odd_shapes(bits: int, out_features: int, in_features: int, group_size: int) -> None:
+    weight = make_weight(out_features, in_features, bits, group_size)
+    for dtype in HALF_DTYPES:
+        for plan in (Plan(1, 1, 4, 2), Plan(2, 2, 1, 1, whole_tiles=True)):
+            check_linear(weight, 5, dtype, plan)
+
+
+def test_linear_with_padded_columns() -> None:
+    """A width that is no multiple of 8 comes with its rows padded by zeros."""
+    weight = make_weight(20, 100, 4, -1)
+    input = make_input(3, 100, dtype=torch.float16)
+    for columns in (104, 128):
+        result = run_linear(input, weight, columns=columns)
+        assert relative_error(result, exact_linear(input, weight)) < ROUNDING[torch.float16]
+
+
+PLANS = [
+    Plan(blocks=1),
+    Plan(blocks=3, slices=2),
+    Plan(blocks=5, slices=4, warps_across=2),
+    Plan(blocks=17, slices=1, warps_across=1),
+    Plan(blocks=4, slices=8, whole_tiles=True),
+    Plan(blocks=7, slices=2, row_tiles=2, warps_across=4),
+    Plan(blocks=3, slices=3, warps_across=2),
+    Plan(blocks=13, slices=1, row_tiles=4, warps_across=2),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_linear_for_any_division_of_the_work(plan: Plan, order: str) -> None:
+    """More blocks than tiles, tiles shared by several blocks, slices without work; threads and blocks in any order."""
+    weight = make_weight(130, 1100, 4, -1)
+    input, bias = make_input(11, 1100, dtype=torch.float16), make_input(130, dtype=torch.float16, seed=2)
+    result = run_linear(input, weight, bias, plan, order, columns=1104)
+    assert relative_error(result, exact_linear(input, weight, bias)) < ROUNDING[torch.float16]
+    # The order in which blocks come to a shared tile must not change a bit.
+    assert torch.equal(result, run_linear(input, weight, bias, plan, columns=1104))
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    weight = make_weight(40, 256, 4, 64)
+    input = make_input(6, 256, dtype=torch.float16)
+    clean = run_linear(input, weight)
+    input[0, 10], input[4, 200] = float("nan"), float("inf")
+    result = run_linear(input, weight)
+    assert result[0].isnan().all()
+    assert not result[4].isfinite().any()
+    assert torch.equal(result[[1, 2, 3, 5]], clean[[1, 2, 3, 5]])
+
+
+def test_weights_are_not_rounded() -> None:
+    """Codes less zeros times an input of few bits is exact, also where code times scale would not fit 16 bits."""
+    weight = make_weight(32, 128, 8, -1)
+    weight = weight._replace(scales=torch.full_like(weight.scales, 1 + 2**-10))
+    input = torch.zeros(1, 128, dtype=torch.float16)
+    input[0, 5] = 1
+    result = run_linear(input, weight)
+    assert torch.equal(result[0], exact_linear(input, weight)[0].half())
+
+
+def test_plans_use_what_the_gpu_has() -> None:
+    cuda_host.set_device(132, 227 * 1024)
+    wide, square = make_weight(16, 4096, 4, 128), make_weight(4096, 32, 4, 32)
+    assert plan_for(wide, 1)[0].blocks > 1  # one tile, shared
+    plan, workspace = plan_for(square, 1)
+    assert (plan.blocks, plan.whole_tiles, workspace) == (128, True, 0)
+    for shared in (99, 163, 227):
+        for multiprocessors in (1, 82, 132):
+            cuda_host.set_device(multiprocessors, shared * 1024)
+            for rows in (1, 8, 16, 32, 64, 100):
+                check = make_weight(96, 512, 4, 128)
+                plan, workspace = plan_for(check, rows)
+                assert plan.blocks <= 2 * multiprocessors
+                assert plan.row_tiles * 8 >= min(rows, 32)
+                assert workspace <= plan.blocks * 2 * plan.warps_across * plan.row_tiles * 1024
+    cuda_host.set_device(8, 99 * 1024)
+    check_linear(make_weight(160, 512, 4, 128), 64, torch.float16)
+    cuda_host.set_device()

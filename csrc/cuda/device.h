@@ -262,16 +262,19 @@ inline const char* device_properties(DeviceProperties& found) {
 }
 
 // Launches on a stream (a cudaStream_t). Returns null, or what went wrong.
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream, Arguments... arguments) {
-    const auto bytes = static_cast<int>(shape.shared_bytes);
-    if (bytes > 48 * 1024) {  // more has to be asked for
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+template <typename... Parameters>
+const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                   std::type_identity_t<Parameters>... arguments) {
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
+        const auto bytes = static_cast<int>(shape.shared_bytes);
+        const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return cudaGetErrorString(error);
     }
-    kernel<<<dim3(shape.grid.x, shape.grid.y, shape.grid.z), dim3(shape.block.x, shape.block.y, shape.block.z),
-             shape.shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
-    return message(cudaGetLastError());
+    void* pointers[] = {&arguments...};
+    const dim3 grid(shape.grid.x, shape.grid.y, shape.grid.z), block(shape.block.x, shape.block.y, shape.block.z);
+    return message(
+        cudaLaunchKernel(function, grid, block, pointers, shape.shared_bytes, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace autoq::cuda

@@ -34,8 +34,8 @@ def compiler() -> str | None:
 
 
 def sources() -> list[Path]:
-    """All kernels, and what calls them; ops.cpp is about torch."""
-    return sorted([*KERNELS.glob("*.cu"), *HERE.glob("*.cpp")])
+    """All kernels, and what calls them; counters.cu and ops.cpp are about CUDA's streams and torch."""
+    return sorted([*(path for path in KERNELS.glob("*.cu") if path.name != "counters.cu"), *HERE.glob("*.cpp")])
 
 
 @cache

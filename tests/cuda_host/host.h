@@ -312,6 +312,9 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+inline int min(int a, int b) { return std::min(a, b); }
+inline int max(int a, int b) { return std::max(a, b); }
+
 inline float to_float(float value) { return value; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 inline float to_float(BFloat16 value) { return host::bfloat_to_float(value.bits); }
@@ -492,8 +495,9 @@ inline const char* device_properties(DeviceProperties& found) {
     return nullptr;
 }
 
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* /*stream*/, Arguments... arguments) {
+template <typename... Parameters>
+const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* /*stream*/,
+                   std::type_identity_t<Parameters>... arguments) {
     if (shape.shared_bytes > static_cast<size_t>(host::state().shared_bytes_per_block)) return "too much shared memory";
     host::grid_size = shape.grid;
     host::block_size = shape.block;
