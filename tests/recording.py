@@ -38,12 +38,12 @@ class Recorded:
     """Like autoq.nn.graph.CudaRecording."""
 
     count = 0  # of recordings made
+    replays = 0  # of all of them
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
         with _Tape() as tape:
             self.output = run()
         self._calls = tape.calls
-        self.replays = 0
         Recorded.count += 1
         # A recording does not run.
         for *_, fresh in self._calls:
@@ -52,7 +52,7 @@ class Recorded:
                     tensor.fill_(torch.nan)
 
     def replay(self) -> None:
-        self.replays += 1
+        Recorded.replays += 1
         for func, args, kwargs, fresh in self._calls:
             result = func(*args, **kwargs)
             if fresh:

@@ -279,7 +279,7 @@ CASES = [
     # One key head for many queries, and for few; heads of many sizes, odd ones too.
     *(Case(heads=HeadLayout.consecutive(h, k, 8), dtype=torch.float16) for h, k in ((11, 1), (3, 3), (4, 1), (6, 2))),
     *(
-        Case(HeadLayout.consecutive(2, 1, size), dtype, batch=1, rotary=RotaryKind.HALVES if size > 1 else RotaryKind.NONE)
+        Case(HeadLayout.consecutive(2, 1, size), dtype, batch=1, rotary=RotaryKind.HALVES * (size > 1))
         for size, dtype in (
             (1, torch.float32), (20, torch.float16), (24, torch.float16), (80, torch.bfloat16), (128, torch.float16),
             (256, torch.float16), (512, torch.bfloat16), (1024, torch.float16), (256, torch.float32),

@@ -185,8 +185,9 @@ class _Snapshot:
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
         self._tensors: list[tuple[dict[str, Any], str, Tensor, tuple[int, int], Tensor]] = []
         self._visit(model, set(blocks))
-        self._blocks: list[tuple[nn.Module, Any]] = [(block, block.__dict__.get("forward")) for block in blocks]
-        self._states = [forward.state if isinstance(forward, FusedForward) else None for _, forward in self._blocks]
+        forwards = [(block, block.__dict__.get("forward")) for block in blocks]
+        self._fused = [(block, f, f.state) for block, f in forwards if isinstance(f, FusedForward)]
+        self._all_fused = len(self._fused) == len(forwards)
 
     def _visit(self, module: nn.Module, blocks: set[nn.Module]) -> None:
         """All modules that are in no block, and the blocks; the tensors of a block are known to its forward."""
@@ -207,13 +208,13 @@ class _Snapshot:
         for place, name, tensor, version, _ in self._tensors:
             if place.get(name) is not tensor or tensor_state(tensor) != version:
                 return False
-        for (block, forward), state in zip(self._blocks, self._states, strict=True):
-            if state is None or block.__dict__.get("forward") is not forward or not forward.is_ready():
+        for block, forward, (tensors, mode) in self._fused:
+            if block.__dict__.get("forward") is not forward or not forward.is_ready():
                 return False
-            tensors, mode = forward.state
-            if tensors is not state[0] or mode != state[1]:
+            tensors_now, mode_now = forward.state
+            if tensors_now is not tensors or mode_now != mode:
                 return False
-        return not nn.modules.module._has_any_global_hook()
+        return self._all_fused and not nn.modules.module._has_any_global_hook()
 
 
 # ---- the forward -----------------------------------------------------------------------------------------------------
@@ -296,9 +297,9 @@ class StepGraphs:
             return None
         if not all(_is_plain(name, value) for name, value in given.items()):
             return None
-        for name in ("use_cache", "return_dict"):
-            if not getattr(config, name, True) if given.get(name) is None else not given[name]:
-                return None
+        returns_dict = given.get("return_dict")
+        if given.get("use_cache") is False or not (config.return_dict if returns_dict is None else returns_dict):
+            return None
         inputs = {name: given[name] for name in _INPUTS if given.get(name) is not None}
         for value in inputs.values():
             if not isinstance(value, Tensor) or value.dim() != 2 or value.device != ids.device:
@@ -362,10 +363,11 @@ class StepGraphs:
             return type(model).forward(model, **inputs, past_key_values=slot.cache(masked), use_cache=True)
 
         try:
-            with _Rehearsal():
-                output = run()
-            if {name for name, value in output.items() if value is not None} == {"logits", "past_key_values"}:
-                return RECORDERS[slot.device.type](run, slot.device)
+            with torch.inference_mode(False), torch.no_grad():  # for calls in any mode to come
+                with _Rehearsal():
+                    output = run()
+                if {name for name, value in output.items() if value is not None} == {"logits", "past_key_values"}:
+                    return RECORDERS[slot.device.type](run, slot.device)
         except (CannotBeRecorded, RuntimeError):
             pass
         # Some families make a mask of their own where none is given, of a size they ask the device for.
