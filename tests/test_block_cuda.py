@@ -114,7 +114,8 @@ class _Fixed:
 
 
 def pair(family: Variant) -> tuple[PreTrainedModel, PreTrainedModel]:
-    recorded = quantized(with_context(family, 512), dtype=torch.float16).model.cuda()
+    """In fp32: attention is cut into other parts in a graph, whose size is that of the room, and rounded otherwise."""
+    recorded = quantized(with_context(family, 512)).model.cuda()
     plain = copy.deepcopy(recorded)
     del plain.forward
     assert isinstance(recorded.forward, StepGraphs)
@@ -158,7 +159,7 @@ def test_a_cache_grows_and_graphs_follow() -> None:
         with torch.no_grad():
             found = [model(part, past_key_values=cache).logits for part in (ids[:, :250], *ids[:, 250:].split(1, 1))]
         results.append(torch.cat(found, 1))
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_changed_weights_are_used_and_moved_models_run() -> None:
