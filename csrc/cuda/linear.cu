@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "counters.h"
 #include "linear.h"
 #include "linear_kernel.h"
 
