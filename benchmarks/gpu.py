@@ -24,11 +24,9 @@ RESULTS = "benchmarks/results"
 
 # In order of importance, since time may run out. Names ending in .py run in this Python.
 STEPS = {
-    "tests": ["-m", "pytest", "-q", "tests/test_cuda.py"],
+    "tests": ["-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_block_cuda.py"],
     "kernels": ["benchmarks/gpu_kernels.py", "--output", f"{RESULTS}/kernels-gpu"],
-    "models": [
-        "benchmarks/latency.py", "--output", f"{RESULTS}/latency-gpu", "--shape", "tinyllama-1.1b", "llama-2-7b"
-    ],
+    "models": ["benchmarks/gpu_models.py", "--output", f"{RESULTS}/models-gpu", "--seconds", "150"],
     "sanitizer": ["-m", "pytest", "-q", "-x", "tests/test_cuda.py", "-k", "odd_shapes or bits_and_groups"],
 }  # fmt: skip
 

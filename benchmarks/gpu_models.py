@@ -287,7 +287,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile-batch", nargs="*", type=int, default=[1], help="compiling takes a minute for each")
     parser.add_argument("--seconds", type=float, default=200, help="no case is begun after these")
     parser.add_argument("--device", default="cuda", help="the CPU, to try the script on a tiny shape")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu-models"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/models-gpu"))
     return parser.parse_args()
 
 
