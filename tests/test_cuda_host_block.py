@@ -158,10 +158,10 @@ class Attention:
             behind = (scales if scales is not None else cache)[:, :, self.held :]
             behind.fill_(math.nan)
         self.angles = case.angles or layout.head_dim // 2
-        columns = 2 * self.angles if case.rotary == RotaryKind.HALVES else self.angles
         turns = torch.rand(case.rotary_batch, case.tokens, self.angles) * 6
-        repeated = torch.cat([turns] * (columns // self.angles), -1)
-        self.tables = [t.to(dtype) for t in (repeated.cos(), repeated.sin())] if case.rotary else [None, None]
+        if case.rotary == RotaryKind.HALVES:
+            turns = torch.cat([turns, turns], -1)
+        self.tables = [t.to(dtype) for t in (turns.cos(), turns.sin())] if case.rotary else [None, None]
         self.norms = [torch.rand(layout.head_dim).to(dtype) + 0.5 if case.head_norms else None for _ in range(2)]
         self.mask, self.bias = None, None
         if case.mask == torch.bool:

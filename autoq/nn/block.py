@@ -137,7 +137,9 @@ class _Parts:
         if nn.modules.module._has_any_global_hook():
             return False
         for siblings, leaf, module in self._places:
-            if siblings.get(leaf) is not module or "forward" in module.__dict__ or is_watched(module):
+            if siblings.get(leaf) is not module or "forward" in module.__dict__:
+                return False
+            if (module._forward_hooks or module._forward_pre_hooks) and is_watched(module):
                 return False
         return True
 
@@ -199,9 +201,7 @@ _NOTHING = torch.empty(0)
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hooks see or change what goes through a module."""
-    if module._forward_pre_hooks:
-        return True
-    return bool(module._forward_hooks) and not all(_is_idle(hook) for hook in module._forward_hooks.values())
+    return bool(module._forward_pre_hooks) or not all(_is_idle(hook) for hook in module._forward_hooks.values())
 
 
 def _is_idle(hook: Any) -> bool:
@@ -213,7 +213,7 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or "attentions" not in collected
 
 
-def tensor_state(tensor: Tensor) -> tuple[int, int]:
+def _state(tensor: Tensor) -> tuple[int, int]:
     """What changes when the values do: the version, or the memory when somebody assigns to `.data`."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
@@ -268,11 +268,11 @@ class _RotaryTable:
         last = self._last
         if last is not None and last[0] is positions and not positions.is_inference():
             _, state, cosines, sines = last
-            if state == tensor_state(positions) and cosines.dtype == dtype:
+            if state == _state(positions) and cosines.dtype == dtype:
                 return cosines, sines
         sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
         cosines, sines = cosines.contiguous(), sines.contiguous()
-        self._last = (positions, tensor_state(positions), cosines, sines)
+        self._last = (positions, _state(positions), cosines, sines)
         return cosines, sines
 
 
@@ -311,7 +311,7 @@ class FusedForward:
             tensors = self._parts.tensors()
         self._tensors = list(tensors)
         self._sources: list[tuple[dict[str, Any], str, Tensor, tuple[int, int]]] = [
-            (place, name, place[name], tensor_state(place[name]))
+            (place, name, place[name], _state(place[name]))
             for place, name in self._parts.sources()
             if place[name] is not None
         ]
@@ -322,7 +322,7 @@ class FusedForward:
     def _is_current(self) -> bool:
         """Whether the tensors are still those of the modules, with the values they had."""
         for place, name, tensor, state in self._sources:
-            if place.get(name) is not tensor or tensor_state(tensor) != state:
+            if place.get(name) is not tensor or _state(tensor) != state:
                 return False
         return True
 
@@ -338,7 +338,9 @@ class FusedForward:
         """The block's output, or None where its own forward has to make it."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
             return None
-        if options.get("output_attentions") or not self._may_run(block):
+        if block.training or options.get("output_attentions") or not self._parts.untouched():
+            return None
+        if self._config._attn_implementation not in _ATTENTIONS:
             return None
         if not self._is_current():
             if not self._parts.can_be_fused():
@@ -348,8 +350,8 @@ class FusedForward:
             return None
         if hidden.device != self._tensors[QKV_CODES].device:
             return None
-        mode = self._mode()
-        if mode is None:
+        modes = {linear.mode for linear in self._parts.linears}
+        if len(modes) > 1:
             return None
         description = self._parts.description
         heads = description.heads
@@ -371,29 +373,11 @@ class FusedForward:
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
             hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
-            self._tensors, self._integers[mode], self._constants, length,
+            self._tensors, self._integers[modes.pop()], self._constants, length,
         )  # fmt: skip
         if layer is not None:
             layer.advance(tokens)
         return output
-
-    def _may_run(self, block: nn.Module) -> bool:
-        return not block.training and self._config._attn_implementation in _ATTENTIONS and self._parts.untouched()
-
-    def _mode(self) -> str | None:
-        """The mode of the linears, or None if they have several."""
-        modes = {linear.mode for linear in self._parts.linears}
-        return modes.pop() if len(modes) == 1 else None
-
-    def is_ready(self) -> bool:
-        """Whether the operator would be called with what it was called with last."""
-        block = self._block()
-        return block is not None and self._may_run(block) and self._is_current()
-
-    @property
-    def state(self) -> tuple[list[Tensor], str | None]:
-        """What the operator is called with: another list, or another mode, is another call."""
-        return self._tensors, self._mode()
 
     def _needs_gradients(self, hidden: Tensor) -> bool:
         if not torch.is_grad_enabled():

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.nn.block import FusedForward, is_watched, tensor_state
+from autoq.nn.block import FusedForward, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
+from autoq.nn.linear import QuantLinear
 
 # What the step is given, each in a buffer of its own; whatever else a call asks for is not in the graph.
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -178,43 +179,55 @@ class _Slot:
 
 
 class _Snapshot:
-    """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do."""
+    """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do.
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-        self._places: list[tuple[dict[str, Any], str, nn.Module]] = []
+    It is looked at for every token, so it is flat: a thousand tensors take some hundred microseconds.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._config, self._attention = model.config, model.config._attn_implementation
+        self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._visit(model)
+        self._tensors = [place[name] for place, name in self._places]
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, tuple[int, int], Tensor]] = []
-        self._visit(model, set(blocks))
-        forwards = [(block, block.__dict__.get("forward")) for block in blocks]
-        self._fused = [(block, f, f.state) for block, f in forwards if isinstance(f, FusedForward)]
-        self._all_fused = len(self._fused) == len(forwards)
+        self._memory = [tensor.detach() for tensor in self._tensors]
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._versioned]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._linears = [module for _, _, module in self._modules if isinstance(module, QuantLinear)]
+        self._modes = [linear.mode for linear in self._linears]
+        blocks = list(architecture_of(model.config).decoder_blocks(model))
+        self._forwards = {block: block.__dict__.get("forward") for block in blocks}
+        self._all_fused = all(isinstance(forward, FusedForward) for forward in self._forwards.values())
 
-    def _visit(self, module: nn.Module, blocks: set[nn.Module]) -> None:
-        """All modules that are in no block, and the blocks; the tensors of a block are known to its forward."""
+    def _visit(self, module: nn.Module) -> None:
         for leaf, child in module._modules.items():
             if child is not None:
-                self._places.append((module._modules, leaf, child))
-                if child not in blocks:
-                    self._visit(child, blocks)
+                self._modules.append((module._modules, leaf, child))
+                self._visit(child)
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    self._tensors.append((tensors, name, tensor, tensor_state(tensor), tensor.detach()))
+            self._places += [(tensors, name) for name, tensor in tensors.items() if tensor is not None]
 
     def is_current(self) -> bool:
-        for siblings, leaf, module in self._places:
-            if siblings.get(leaf) is not module or is_watched(module):
+        if not self._all_fused or nn.modules.module._has_any_global_hook():
+            return False
+        for siblings, leaf, module in self._modules:
+            if siblings.get(leaf) is not module or module.training:
                 return False
-        for place, name, tensor, version, _ in self._tensors:
-            if place.get(name) is not tensor or tensor_state(tensor) != version:
+            if (module._forward_hooks or module._forward_pre_hooks) and is_watched(module):
                 return False
-        for block, forward, (tensors, mode) in self._fused:
-            if block.__dict__.get("forward") is not forward or not forward.is_ready():
+            if "forward" in module.__dict__ and module.forward is not self._forwards.get(module):
                 return False
-            tensors_now, mode_now = forward.state
-            if tensors_now is not tensors or mode_now != mode:
+        for (place, name), tensor in zip(self._places, self._tensors, strict=True):
+            if place.get(name) is not tensor:
                 return False
-        return self._all_fused and not nn.modules.module._has_any_global_hook()
+        return (
+            [tensor._version for tensor in self._versioned] == self._versions
+            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            and [linear.mode for linear in self._linears] == self._modes
+            and self._config._attn_implementation == self._attention
+        )
 
 
 # ---- the forward -----------------------------------------------------------------------------------------------------
@@ -351,7 +364,7 @@ class StepGraphs:
 
     def _record(self, model: PreTrainedModel, slot: _Slot, names: tuple[str, ...]) -> Recording | None:
         if self._snapshot is None:
-            self._snapshot = _Snapshot(model, architecture_of(model.config).decoder_blocks(model))
+            self._snapshot = _Snapshot(model)
         if not self._snapshot.is_current():
             self._snapshot, self._slots = None, []
             return None
