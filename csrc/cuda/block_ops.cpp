@@ -3,10 +3,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-
 #include "../block_device.h"
 #include "block.h"
+#include "ops.h"
 #include "stream.h"
 
 namespace autoq {
@@ -30,12 +29,7 @@ class CudaDevice : public BlockDevice {
     Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                   const std::optional<Tensor>& bias, int64_t bits, int64_t out_features,
                   const std::string& mode) const override {
-        std::array<StableIValue, 8> stack{torch::stable::detail::from(input),        torch::stable::detail::from(codes),
-                                          torch::stable::detail::from(scales),       torch::stable::detail::from(zeros),
-                                          torch::stable::detail::from(bias),         torch::stable::detail::from(bits),
-                                          torch::stable::detail::from(out_features), torch::stable::detail::from(mode)};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("autoq::linear", "", stack.data(), TORCH_ABI_VERSION));
-        return torch::stable::detail::to<Tensor>(stack[0]);
+        return linear_cuda(input, codes, scales, zeros, bias, bits, out_features, mode);
     }
 
     void norm(const Norm& norm, const Tensor& input, const Tensor& output) const override {

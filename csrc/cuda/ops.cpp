@@ -9,6 +9,7 @@
 #include "counters.h"
 #include "dequantize.h"
 #include "linear.h"
+#include "ops.h"
 #include "stream.h"
 
 namespace autoq {
@@ -112,6 +113,8 @@ Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std
 // ---- the operators
 // ---------------------------------------------------------------------------------------------------
 
+}  // namespace
+
 // The mode is about the CPU: here, products are exact and their sums fp32, in either.
 Tensor linear_cuda(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                    const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode) {
@@ -135,6 +138,8 @@ Tensor linear_cuda(const Tensor& input_, const Tensor& codes, const Tensor& scal
     const Tensor out = few ? multiply_few(packed, input, bias, stream) : multiply_many(packed, input, bias, stream);
     return torch::stable::view(out, {shape.data(), shape.size()});
 }
+
+namespace {
 
 Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t out_features, int64_t in_features, ScalarType dtype) {
