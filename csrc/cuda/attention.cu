@@ -56,12 +56,13 @@ __device__ inline int64_t queries_per_key_head(const AttentionInput& input) {
 
 // A query that shares a key head: all heads of the first token, then of the next.
 struct Row {
-    int64_t token, head;
+    int token, head;
 };
 
 __device__ inline Row row_of(const AttentionInput& input, int64_t group, int64_t row) {
-    const int64_t shared = input.layout.heads / input.layout.kv_heads;
-    return {row / shared, group * shared + row % shared};
+    const int shared = static_cast<int>(input.layout.heads) / static_cast<int>(input.layout.kv_heads);
+    const int index = static_cast<int>(row);
+    return {index / shared, static_cast<int>(group) * shared + index % shared};
 }
 
 // The weighted mean from sums under a maximum; zeros for a query that may look nowhere, which only padding may do.
@@ -137,8 +138,7 @@ struct Team {
     }
 
     // A mask says all that a query may look at; without one it may look back.
-    __device__ float with_terms(float score, int row, int64_t position) const {
-        const Row query = row_of(input, group, first_row + row);
+    __device__ float with_terms(float score, Row query, int64_t position) const {
         if (position >= range.end || query.token >= input.tokens) return -INFINITY;
         if (!input.mask.data && position > range.held + query.token) return -INFINITY;
         return score + term_at(input.mask, batch, query.head, query.token, position) +
@@ -168,8 +168,9 @@ struct Team {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             if (terms) {
+                const Row query = row_of(input, group, first_row + row);
 #pragma unroll
-                for (int i = 0; i < kUnroll; ++i) scores[row][i] = with_terms(scores[row][i], row, first + i * step);
+                for (int i = 0; i < kUnroll; ++i) scores[row][i] = with_terms(scores[row][i], query, first + i * step);
             }
             weigh(scores[row], row);
 #pragma unroll
@@ -275,8 +276,12 @@ __device__ void finish(const AttentionInput& input, const Parts& parts, int64_t 
     }
 }
 
+// Blocks that a multiprocessor has room for, by their registers: enough for the memory to be busy.
+constexpr int blocks_at_once(int rows, int packs) { return packs > 1 || rows > 4 ? 1 : 3; }
+
 template <typename C, int WIDE, int ROWS, int PACKS>
-__global__ void __launch_bounds__(kThreads) attend_kernel(AttentionInput input, Parts parts) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(ROWS, PACKS))
+    attend_kernel(AttentionInput input, Parts parts) {
     wait_for_earlier_kernels();
     let_the_next_kernel_start();
     const int size = static_cast<int>(input.layout.head_dim);

@@ -1,4 +1,6 @@
 // The operators on CUDA. Their schemas, their reference in plain torch and their autograd are in autoq/ops.py.
+#include "ops.h"
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +11,6 @@
 #include "counters.h"
 #include "dequantize.h"
 #include "linear.h"
-#include "ops.h"
 #include "stream.h"
 
 namespace autoq {
