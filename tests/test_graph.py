@@ -115,6 +115,16 @@ def test_recordings_are_used_again_and_kept_apart() -> None:
     torch.testing.assert_close(turned_logits[:, 0], plain(other).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_large_caches_do_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recorded = pair(LLAMA)
+    expected = generate(recorded, prompt(1, 5), do_sample=False)
+    generate(recorded, prompt(1, 5), do_sample=False)
+    assert Recorded.count == 1
+    monkeypatch.setattr(graph, "idle_limit", lambda _: 0)
+    assert torch.equal(generate(recorded, prompt(1, 5), do_sample=False), expected)
+    assert Recorded.count == 2
+
+
 def test_logits_and_keys_stay_what_they_were() -> None:
     """What a caller keeps is not filled again by the steps to come."""
     _, recorded = pair(LLAMA)

@@ -94,6 +94,11 @@ class _Rehearsal(TorchDispatchMode):
         return result
 
 
+def idle_limit(device: torch.device) -> int:
+    """The bytes of keys and values that may wait for the next cache: prompts need memory too."""
+    return torch.cuda.get_device_properties(device).total_memory // 10 if device.type == "cuda" else 2**40
+
+
 # ---- what stays where it is ------------------------------------------------------------------------------------------
 
 
@@ -138,6 +143,7 @@ class _Slot:
         self._owner = weakref.ref(layers[0])
         keys = self.buffers[0].keys
         self.batch, self.capacity, self.device = keys.shape[0], self.buffers[0].capacity, keys.device
+        self.bytes = sum(tensor.nbytes for buffers in self.buffers for tensor in buffers if tensor is not None)
         with torch.inference_mode(False):
             self.length = torch.zeros((), dtype=torch.int64, device=self.device)
         self.inputs: dict[str, Tensor] = {}
@@ -269,10 +275,14 @@ class StepGraphs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         assert model is not None
-        output = None
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or model.training):
-            output = self._step(model, args, kwargs)
-        return type(model).forward(model, *args, **kwargs) if output is None else output
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or model.training:
+            return type(model).forward(model, *args, **kwargs)
+        output = self._step(model, args, kwargs)
+        if output is not None:
+            return output
+        with self._lock:
+            self._slots = [slot for slot in self._slots if not slot.is_free() or slot.bytes <= idle_limit(slot.device)]
+        return type(model).forward(model, *args, **kwargs)
 
     # ---- whether this call is a step ----
 
