@@ -250,11 +250,11 @@ class StepGraphs:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)  # which holds this
+        self._lock = threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
         self._slots: list[_Slot] = []
-        self._lock = threading.Lock()
         self._masks_wanted = False  # the family's forward waits for the device where it is given no mask
         self._impossible = False
         self._snapshot: _Snapshot | None = None
@@ -264,6 +264,7 @@ class StepGraphs:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model = weakref.ref(state["model"])
+        self._lock = threading.Lock()
         self._forget()
 
     @property
@@ -289,7 +290,10 @@ class StepGraphs:
     def _step(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for one more token of every sequence, or None where its own forward has to say."""
         inputs = self._inputs(model, args, kwargs)
-        if inputs is None or self._impossible:
+        if inputs is None:
+            self._impossible = False  # so that it is tried again after the next prompt
+            return None
+        if self._impossible:
             return None
         layers = _layers(kwargs.get("past_key_values"))
         if not layers:
