@@ -53,8 +53,8 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     quantized_cache: keys and values are kept in 8 bits.
 
     A block is left as it is when it is on a device for which there are no kernels, when some of its linears are not
-    quantized, or when projections that are read together cannot be one. So are the blocks of a model that is spread over
-    devices.
+    quantized, or when projections that are read together cannot be one. So are the blocks of a model that is spread
+    over devices.
     """
     if model.config.model_type not in known_model_types() or getattr(model, "hf_device_map", None) is not None:
         return 0
