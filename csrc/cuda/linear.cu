@@ -110,11 +110,15 @@ const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* w
     a.row_parts = ceil_div(problem.rows, plan.row_tiles * kTileRows);
     a.tiles = static_cast<int>(tiles);
     a.quantum = plan.whole_tiles ? stages : 1;
+    const int64_t quanta = tiles * stages / a.quantum;
+    const int64_t blocks = std::min<int64_t>(plan.blocks, quanta);
+    a.each = static_cast<int>(quanta / blocks);
+    a.longer = static_cast<int>(quanta % blocks);
     a.warps_across = plan.warps_across;
     a.slices = plan.slices;
     a.input_rows = input_rows_of(plan, problem.rows);
 
-    const LaunchShape shape{{static_cast<unsigned>(plan.blocks)},
+    const LaunchShape shape{{static_cast<unsigned>(blocks)},
                             {static_cast<unsigned>(plan.warps_across * plan.slices * 32)},
                             static_cast<size_t>(shared_bytes(plan, weight, problem.rows))};
     return problem.dtype == Float::kBFloat16 ? launch_linear<BFloat16>(a, weight.bits, plan.row_tiles, shape, stream)

@@ -458,14 +458,20 @@ inline uint32_t atomic_add(uint32_t* pointer, uint32_t value) {
 
 inline void memory_fence() {}
 
-inline void copy_async_16(void* to, const void* from, bool inside = true) {
+using SharedAddress = unsigned char*;
+
+inline SharedAddress shared_address(void* pointer) { return static_cast<SharedAddress>(pointer); }
+
+inline void copy_async_16(SharedAddress to, const void* from, bool inside = true) {
     host::check_shared(to, 16);
     if (inside && !host::in_buffer(from, 16, false)) return;
     std::memset(to, host::kPoison, 16);
-    host::fiber().issued.push_back({static_cast<char*>(to), inside ? static_cast<const char*>(from) : nullptr});
+    host::fiber().issued.push_back({reinterpret_cast<char*>(to), inside ? static_cast<const char*>(from) : nullptr});
 }
 
-inline void copy_async_16_once(void* to, const void* from) { copy_async_16(to, from); }
+inline uint64_t read_once_policy() { return 0; }
+
+inline void copy_async_16_once(SharedAddress to, const void* from, uint64_t) { copy_async_16(to, from); }
 
 inline void copy_async_commit() {
     host::fiber().committed.push_back(std::move(host::fiber().issued));
