@@ -48,8 +48,7 @@ struct DeviceProperties {
 
 namespace autoq::cuda {
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
@@ -93,8 +92,7 @@ __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c
 __device__ __forceinline__ float exp_of(float x) { return __expf(x); }
 __device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
-// ---- bits
-// ------------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 // (a & mask) | bits, in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
@@ -108,8 +106,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, u
     return __byte_perm(low, high, selector);
 }
 
-// ---- warps and blocks
-// ------------------------------------------------------------------------------------------------
+// ---- warps and blocks -----------------------------------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
@@ -152,8 +149,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a
     }
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -235,8 +231,7 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// ---- launching (on the host)
-// -----------------------------------------------------------------------------------------
+// ---- launching (on the host) ----------------------------------------------------------------------------------------
 
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

@@ -34,8 +34,9 @@ int64_t shared_bytes(const LinearPlan& plan, const PackedWeight& weight, int64_t
 // Warps side by side share their input: the more rows, the more of them, and the fewer slices, whose sums have to be
 // added. As many slices and rows at a time as there is shared memory for.
 bool choose_tile(const PackedWeight& weight, int64_t rows, int64_t shared_limit, LinearPlan& plan) {
-    const int row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    const int row_tiles = rows <= 8 ? 1 : rows <= 16 && weight.bits == 4 ? 2 : rows <= 32 ? 4 : 8;
     for (plan.row_tiles = row_tiles; plan.row_tiles >= 1; plan.row_tiles /= 2) {
+        if (!has_kernel(weight.bits, plan.row_tiles)) continue;
         plan.warps_across = std::min(plan.row_tiles, 4);
         for (plan.slices = 8 / plan.warps_across; plan.slices >= 1; plan.slices /= 2) {
             if (shared_bytes(plan, weight, rows) <= shared_limit) return true;
@@ -75,6 +76,12 @@ const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& pl
     }
     choose_blocks(weight, rows, device, plan);
     return nullptr;
+}
+
+bool is_possible(const LinearPlan& plan, int bits) {
+    return has_kernel(bits, plan.row_tiles) && plan.warps_across >= 1 && plan.slices >= 1 &&
+           plan.warps_across * plan.slices * 32 <= max_threads(plan.row_tiles) && plan.blocks >= 1 &&
+           plan.blocks <= kMostCounters;
 }
 
 int64_t linear_workspace(const LinearPlan& plan) { return plan.whole_tiles ? 0 : 2 * plan.blocks * sums_bytes(plan); }

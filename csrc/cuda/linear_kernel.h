@@ -74,8 +74,7 @@ struct LinearArguments {
     }
 };
 
-// ---- codes to numbers
-// ------------------------------------------------------------------------------------------------
+// ---- codes to numbers -----------------------------------------------------------------------------------------------
 
 // Powers of two whose last mantissa bit is worth 1, as pairs; and their negatives, into which zero points are or-ed.
 template <typename T>
@@ -165,8 +164,7 @@ __device__ __forceinline__ void decode_row(uint32_t low, uint32_t high, int t, c
     }
 }
 
-// ---- a thread's place
-// ------------------------------------------------------------------------------------------------
+// ---- a thread's place -----------------------------------------------------------------------------------------------
 
 struct Place {
     int lane, group, member;  // lane = 4 * group + member
@@ -193,8 +191,7 @@ struct Tile {
     }
 };
 
-// ---- loading
-// ---------------------------------------------------------------------------------------------------------
+// ---- loading --------------------------------------------------------------------------------------------------------
 
 // Starts the copies of a warp's part of a stage: its weights and their parameters, and its share of the input, which
 // the warps of a slice have in common. Goes through the slice's stages, of one tile after the other; what can be worked
@@ -322,8 +319,7 @@ class Loader {
     int rows_;
 };
 
-// ---- multiplying
-// -----------------------------------------------------------------------------------------------------
+// ---- multiplying ----------------------------------------------------------------------------------------------------
 
 template <typename T, int kBits, int kTiles>
 struct Multiplier {
@@ -427,8 +423,7 @@ struct Multiplier {
     }
 };
 
-// ---- adding up and storing
-// -------------------------------------------------------------------------------------------
+// ---- adding up and storing ------------------------------------------------------------------------------------------
 
 // A warp's sums are handed on as float4s in the order of its fragments, [fragment][thread].
 template <int kTiles>
@@ -542,8 +537,7 @@ __device__ __forceinline__ void store_tile(const LinearArguments& a, const Place
     }
 }
 
-// ---- the kernel
-// ------------------------------------------------------------------------------------------------------
+// ---- the kernel -----------------------------------------------------------------------------------------------------
 
 // The most threads of a block; more registers for more rows.
 constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 512 : 256; }
@@ -605,19 +599,21 @@ template <typename T>
 const char* launch_linear(const LinearArguments& arguments, int bits, int row_tiles, const LaunchShape& shape,
                           void* stream);
 
+// Which kernels there are: 4 bits come in every size, the others, less common, in two.
+constexpr bool has_kernel(int bits, int row_tiles) {
+    return row_tiles == 1 || row_tiles == 4 || (bits == 4 && (row_tiles == 2 || row_tiles == 8));
+}
+
 template <typename T, int kBits>
 const char* launch_linear_tiles(const LinearArguments& arguments, int row_tiles, const LaunchShape& shape,
                                 void* stream) {
-    switch (row_tiles) {
-        case 1:
-            return launch(linear_kernel<T, kBits, 1>, shape, stream, arguments);
-        case 2:
-            return launch(linear_kernel<T, kBits, 2>, shape, stream, arguments);
-        case 4:
-            return launch(linear_kernel<T, kBits, 4>, shape, stream, arguments);
-        default:
-            return launch(linear_kernel<T, kBits, 8>, shape, stream, arguments);
+    if (row_tiles == 1) return launch(linear_kernel<T, kBits, 1>, shape, stream, arguments);
+    if (row_tiles == 4) return launch(linear_kernel<T, kBits, 4>, shape, stream, arguments);
+    if constexpr (has_kernel(kBits, 2)) {
+        if (row_tiles == 2) return launch(linear_kernel<T, kBits, 2>, shape, stream, arguments);
+        if (row_tiles == 8) return launch(linear_kernel<T, kBits, 8>, shape, stream, arguments);
     }
+    return "there is no kernel for these bits and rows";
 }
 
 template <typename T>

@@ -52,7 +52,7 @@ constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 
 enum class Order { kAscending, kDescending, kRandom };
 
-// ---- what the test sets and reads ----------------------------------------------------------------------------------
+// ---- what the test sets and reads -----------------------------------------------------------------------------------
 
 struct Buffer {
     const char* begin;
@@ -107,8 +107,7 @@ inline bool in_buffer(const void* pointer, size_t bytes, bool write) {
     return false;
 }
 
-// ---- threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- threads --------------------------------------------------------------------------------------------------------
 
 struct AsyncCopy {
     char* to;
@@ -287,8 +286,7 @@ inline uint16_t float_to_bfloat(float value) { return c10::BFloat16(value).x; }
 
 }  // namespace host
 
-// ---- device.h
-// --------------------------------------------------------------------------------------------------------
+// ---- device.h -------------------------------------------------------------------------------------------------------
 
 #define threadIdx (::autoq::cuda::host::fiber().thread)
 #define blockIdx (::autoq::cuda::host::block_index)
@@ -427,8 +425,7 @@ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
     });
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(host::shared_begin()); }
 
@@ -492,8 +489,7 @@ void copy_async_wait() {
     }
 }
 
-// ---- launching
-// -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 inline const char* device_properties(DeviceProperties& found) {
     const host::State& set = host::state();
