@@ -58,7 +58,7 @@ def main() -> str | None:
     bandwidth = copy_bandwidth(arguments.rounds)
     records = []
     with torch.inference_mode():
-        for in_features, out_features in _sizes(arguments.model):
+        for in_features, out_features in sizes_of(arguments.model):
             records += _measure_size(in_features, out_features, arguments)
     result = {
         "device": device_name(torch.device("cuda")),
@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _sizes(models: list[str]) -> list[tuple[int, int]]:
+def sizes_of(models: list[str]) -> list[tuple[int, int]]:
     """The different sizes of the models' linears, smallest first."""
     sizes = {(columns, outputs) for model in models for _, columns, outputs in MODELS[model]}
     return sorted(sizes, key=lambda size: size[0] * size[1])
@@ -138,7 +138,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _copies(weight_bytes: int) -> int:
+def copies_for(weight_bytes: int) -> int:
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(4, -(-2 * cache // weight_bytes) + 1)
 
@@ -168,9 +168,9 @@ def _int4pack(in_features: int, out_features: int, copies: int) -> Callable[[Ten
 def _measure_size(in_features: int, out_features: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     first = random_weight(in_features, out_features)
     weight_bytes = sum(tensor.nbytes for tensor in first)
-    copies = _copies(weight_bytes)
+    copies = copies_for(weight_bytes)
     packed = [first] + [PackedWeight(*(tensor.clone() for tensor in first)) for _ in range(copies - 1)]
-    dense_copies = min(copies, _copies(2 * in_features * out_features))
+    dense_copies = min(copies, copies_for(2 * in_features * out_features))
     dense = ops.dequantize(first, BITS, out_features, in_features, torch.float16)
     dense = [dense] + [dense.clone() for _ in range(dense_copies - 1)]
     int4pack = _int4pack(in_features, out_features, copies)

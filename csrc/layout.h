@@ -17,6 +17,9 @@
 //                 of code i at bit i. A 3-bit field would straddle words and cost shifts that depend on the column.
 //
 //   scales [row_blocks][groups][16] fp16, zeros [row_blocks][groups][16] uint8
+//
+// The tensor cores of GPUs take it as it is: 16 bytes hold the same columns of four rows, which is what one lane of a
+// warp contributes to four products. cuda/linear_kernel.h draws how.
 #pragma once
 
 #include <cstdint>
@@ -57,14 +60,13 @@ struct PackedWeight {
     }
 };
 
-// Code `i` (0 .. 31) of one row of a unit. `word` points at the row's part of the unit's first word, and `stride` words
-// behind it lies that of the next.
-AUTOQ_HOST_DEVICE inline uint32_t decode(const uint32_t* word, int bits, int i, int stride = kLanes) {
+// Code `i` (0 .. 31) of one row of a unit. `word` points at the row's lane of the unit's first word.
+AUTOQ_HOST_DEVICE inline uint32_t decode(const uint32_t* word, int bits, int i) {
     const int field = bits == 3 ? 2 : bits;
     const int fields = 32 / field;  // in a word
-    const uint32_t low = (word[(i / fields) * stride] >> (field * (i % fields))) & ((1u << field) - 1);
+    const uint32_t low = (word[(i / fields) * kLanes] >> (field * (i % fields))) & ((1u << field) - 1);
     if (bits != 3) return low;
-    return low | (((word[2 * stride] >> i) & 1u) << 2);
+    return low | (((word[2 * kLanes] >> i) & 1u) << 2);
 }
 
 }  // namespace autoq

@@ -48,8 +48,7 @@ struct DeviceProperties {
 
 namespace autoq::cuda {
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
@@ -93,8 +92,7 @@ __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c
 __device__ __forceinline__ float exp_of(float x) { return __expf(x); }
 __device__ __forceinline__ float reciprocal_sqrt(float x) { return rsqrtf(x); }
 
-// ---- bits
-// ------------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 // (a & mask) | bits, in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
@@ -108,8 +106,7 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, u
     return __byte_perm(low, high, selector);
 }
 
-// ---- warps and blocks
-// ------------------------------------------------------------------------------------------------
+// ---- warps and blocks -----------------------------------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
@@ -152,8 +149,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a
     }
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -202,24 +198,28 @@ __device__ __forceinline__ uint32_t atomic_add(uint32_t* pointer, uint32_t value
 
 __device__ __forceinline__ void memory_fence() { __threadfence(); }
 
-// Starts to copy 16 bytes from global to shared memory; zeros where they are not inside. Both must be aligned to 16.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool inside = true) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-        "l"(from), "r"(inside ? 16 : 0)
-        : "memory");
+// Where something lies in shared memory, as the copies below want it. Bytes can be added to it.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
-// Likewise, for what is read once: the first to leave the second-level cache.
-__device__ __forceinline__ void copy_async_16_once(void* to, const void* from) {
-    asm volatile(
-        "{\n"
-        ".reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n"
-        "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-        "l"(from)
-        : "memory");
+// Starts to copy 16 bytes from global to shared memory; zeros where they are not inside. Both must be aligned to 16.
+__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, bool inside = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+// How copy_async_16_once treats what it reads: it is the first to leave the second-level cache.
+__device__ __forceinline__ uint64_t read_once_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy_async_16_once(SharedAddress to, const void* from, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+                 : "memory");
 }
 
 // Ends a group of copies.
@@ -231,8 +231,7 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// ---- launching (on the host)
-// -----------------------------------------------------------------------------------------
+// ---- launching (on the host) ----------------------------------------------------------------------------------------
 
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

@@ -34,8 +34,9 @@ int64_t shared_bytes(const LinearPlan& plan, const PackedWeight& weight, int64_t
 // Warps side by side share their input: the more rows, the more of them, and the fewer slices, whose sums have to be
 // added. As many slices and rows at a time as there is shared memory for.
 bool choose_tile(const PackedWeight& weight, int64_t rows, int64_t shared_limit, LinearPlan& plan) {
-    const int row_tiles = rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    const int row_tiles = rows <= 8 ? 1 : rows <= 16 && weight.bits == 4 ? 2 : rows <= 32 ? 4 : 8;
     for (plan.row_tiles = row_tiles; plan.row_tiles >= 1; plan.row_tiles /= 2) {
+        if (!has_kernel(weight.bits, plan.row_tiles)) continue;
         plan.warps_across = std::min(plan.row_tiles, 4);
         for (plan.slices = 8 / plan.warps_across; plan.slices >= 1; plan.slices /= 2) {
             if (shared_bytes(plan, weight, rows) <= shared_limit) return true;
@@ -77,6 +78,12 @@ const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& pl
     return nullptr;
 }
 
+bool is_possible(const LinearPlan& plan, int bits) {
+    return has_kernel(bits, plan.row_tiles) && plan.warps_across >= 1 && plan.slices >= 1 &&
+           plan.warps_across * plan.slices * 32 <= max_threads(plan.row_tiles) && plan.blocks >= 1 &&
+           plan.blocks <= kMostCounters;
+}
+
 int64_t linear_workspace(const LinearPlan& plan) { return plan.whole_tiles ? 0 : 2 * plan.blocks * sums_bytes(plan); }
 
 const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* workspace, uint32_t* counters,
@@ -110,11 +117,15 @@ const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* w
     a.row_parts = ceil_div(problem.rows, plan.row_tiles * kTileRows);
     a.tiles = static_cast<int>(tiles);
     a.quantum = plan.whole_tiles ? stages : 1;
+    const int64_t quanta = tiles * stages / a.quantum;
+    const int64_t blocks = std::min<int64_t>(plan.blocks, quanta);
+    a.each = static_cast<int>(quanta / blocks);
+    a.longer = static_cast<int>(quanta % blocks);
     a.warps_across = plan.warps_across;
     a.slices = plan.slices;
     a.input_rows = input_rows_of(plan, problem.rows);
 
-    const LaunchShape shape{{static_cast<unsigned>(plan.blocks)},
+    const LaunchShape shape{{static_cast<unsigned>(blocks)},
                             {static_cast<unsigned>(plan.warps_across * plan.slices * 32)},
                             static_cast<size_t>(shared_bytes(plan, weight, problem.rows))};
     return problem.dtype == Float::kBFloat16 ? launch_linear<BFloat16>(a, weight.bits, plan.row_tiles, shape, stream)

@@ -10,7 +10,7 @@ namespace autoq::cuda {
 // tiles, one behind the other, are divided among the blocks; where a division falls into a tile, the blocks that share
 // it add up their parts in a fixed order.
 struct LinearPlan {
-    int row_tiles;     // 1, 2, 4 or 8
+    int row_tiles;     // 1 or 4, and for 4 bits 2 or 8
     int warps_across;  // warps side by side along the outputs
     int slices;        // warps behind each other along the columns
     int blocks;
@@ -37,6 +37,9 @@ bool linear_takes(const PackedWeight& weight);
 
 // The plan for the current device. Returns null, or what went wrong.
 const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& plan);
+
+// Whether there is a kernel for the plan; it may still want more shared memory than there is.
+bool is_possible(const LinearPlan& plan, int bits);
 
 // Bytes that the blocks of a plan need for the parts of shared tiles; 0 where there are none.
 int64_t linear_workspace(const LinearPlan& plan);

@@ -49,7 +49,9 @@ struct LinearArguments {
     int stages;                // of a tile
     int row_parts;             // tiles that share their outputs
     int tiles;
-    int quantum;  // stages between two places where the work may be divided
+    // The stages of all tiles, in quanta between which they may be divided: every block has `each` or, the first
+    // `longer` ones, one more.
+    int quantum, each, longer;
     int warps_across, slices;
     int input_rows;  // rows of a tile that shared memory has room for
 
@@ -58,14 +60,13 @@ struct LinearArguments {
         return static_cast<int>((static_cast<uint64_t>(unit) * groups_per_unit) >> 32);
     }
     // The first stage of a block, counted over all tiles.
-    AUTOQ_HOST_DEVICE int first_stage(int block, int blocks) const {
-        const int64_t quanta = static_cast<int64_t>(tiles) * stages / quantum;
-        return static_cast<int>(block * quanta / blocks) * quantum;
+    AUTOQ_HOST_DEVICE int first_stage(int block) const {
+        return (block * each + (block < longer ? block : longer)) * quantum;
     }
     // The block that has a stage.
-    AUTOQ_HOST_DEVICE int block_of(int stage, int blocks) const {
-        const int64_t quanta = static_cast<int64_t>(tiles) * stages / quantum;
-        return static_cast<int>(((stage / quantum + 1) * static_cast<int64_t>(blocks) - 1) / quanta);
+    AUTOQ_HOST_DEVICE int block_of(int stage) const {
+        const int at = stage / quantum;
+        return at < longer * (each + 1) ? at / (each + 1) : (at - longer) / each;
     }
     AUTOQ_HOST_DEVICE int weight_bytes(int bits) const { return warps_across * kStageUnits * bits * 8 * 16; }
     AUTOQ_HOST_DEVICE int stage_bytes(int bits) const {
@@ -73,8 +74,7 @@ struct LinearArguments {
     }
 };
 
-// ---- codes to numbers
-// ------------------------------------------------------------------------------------------------
+// ---- codes to numbers -----------------------------------------------------------------------------------------------
 
 // Powers of two whose last mantissa bit is worth 1, as pairs; and their negatives, into which zero points are or-ed.
 template <typename T>
@@ -164,8 +164,7 @@ __device__ __forceinline__ void decode_row(uint32_t low, uint32_t high, int t, c
     }
 }
 
-// ---- a thread's place
-// ------------------------------------------------------------------------------------------------
+// ---- a thread's place -----------------------------------------------------------------------------------------------
 
 struct Place {
     int lane, group, member;  // lane = 4 * group + member
@@ -192,53 +191,135 @@ struct Tile {
     }
 };
 
-// ---- loading
-// ---------------------------------------------------------------------------------------------------------
+// ---- loading --------------------------------------------------------------------------------------------------------
 
 // Starts the copies of a warp's part of a stage: its weights and their parameters, and its share of the input, which
-// the warps of a slice have in common. Outputs behind the last block are read from the last one, and never stored.
-template <int kBits>
-__device__ __forceinline__ void load_stage(const LinearArguments& a, const Place& place, const Tile& tile, int stage,
-                                           unsigned char* buffer) {
-    const int first = stage * kStageUnits;
-    const int units = min(a.units - first, kStageUnits);
-    unsigned char* weights = buffer + place.across * (kStageUnits * kBits * 8 * 16);
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) {
-        // Chunks of 16 bytes lie as [unit][lane group][word].
-        const int chunk = i * 32 + place.lane;
-        const int unit = chunk / (8 * kBits), group = chunk / kBits % 8, word = chunk % kBits;
-        const int block = min(tile.first_block + group / 4, a.row_blocks - 1);
-        const int64_t words = (static_cast<int64_t>(block) * a.units + first + unit) * kBits + word;
-        if (unit < units) copy_async_16_once(weights + chunk * 16, a.codes + words * kLanes + group % 4 * 4);
+// the warps of a slice have in common. Goes through the slice's stages, of one tile after the other; what can be worked
+// out once for a tile is. Outputs behind the last block are read from the last one, and never stored.
+template <int kBits, int kTiles>
+class Loader {
+  public:
+    __device__ __forceinline__ Loader(const LinearArguments& a, const Place& place, int begin, int end,
+                                      unsigned char* buffers)
+        : a_(a),
+          place_(place),
+          buffers_(shared_address(buffers)),
+          policy_(read_once_policy()),
+          at_(begin + place.slice),
+          end_(end),
+          index_(at_ / a.stages),
+          stage_(at_ % a.stages) {
+        start_tile();
     }
 
-    const int slot = place.lane / 6, piece = place.lane % 3;
-    const int group = a.group_of(first) + slot;
-    if (slot < kStageUnits && group <= a.group_of(first + units - 1)) {
-        const int half = place.lane % 6 / 3;
-        const int block = min(tile.first_block + half, a.row_blocks - 1);
-        const int64_t parameters = (static_cast<int64_t>(block) * a.groups + group) * kLanes;
-        unsigned char* to = buffer + a.weight_bytes(kBits) + place.across * kParameterBytes + slot * kSlotBytes;
-        if (piece < 2) {
-            copy_async_16(to + half * 32 + piece * 16, a.scales + parameters + piece * 8);
-        } else {
-            copy_async_16(to + 64 + half * 16, a.zeros + parameters);
+    // The slice's next stage, into the buffer behind the last one.
+    __device__ __forceinline__ void next() {
+        if (at_ < end_) {
+            load(buffers_ + buffer_ * a_.stage_bytes(kBits));
+            advance();
+        }
+        copy_async_commit();
+        buffer_ = (buffer_ + 1) % kStages;
+    }
+
+  private:
+    // Chunks of 16 bytes lie in shared memory as [unit][lane group][word], 32 * kBits of them, and each lane copies
+    // every 32nd. The lane's part of a unit repeats itself after so many of its chunks, and then so many units.
+    static constexpr int kPatterns = kBits == 8 ? 2 : kBits == 3 ? 3 : 1;
+    static constexpr int kPatternUnits = kPatterns * 4 / kBits;
+    static constexpr int kUnitWords = kBits * kLanes;
+
+    __device__ __forceinline__ void advance() {
+        at_ += a_.slices;
+        stage_ += a_.slices;
+        if (stage_ >= a_.stages) {
+            for (; stage_ >= a_.stages; ++index_) stage_ -= a_.stages;
+            start_tile();
         }
     }
 
-    unsigned char* input = buffer + a.weight_bytes(kBits) + a.warps_across * kParameterBytes;
-    for (int i = place.across * 32 + place.lane; i < tile.rows * 16; i += a.warps_across * 32) {
-        const int row = i / 16, chunk = i % 16, column = first * kUnitColumns + chunk * 8;
-        const bool inside = column < a.columns;
-        const int64_t from = static_cast<int64_t>(tile.first_row + row) * a.columns + (inside ? column : 0);
-        // Chunks of odd rows trade places, so that lanes of two rows read from different banks.
-        copy_async_16(input + row * kInputRowBytes + (chunk ^ (row % 2 * 4)) * 16, a.input + from, inside);
+    __device__ __forceinline__ void start_tile() {
+        const Tile tile(a_, index_, place_, kTiles * kTileRows);
+        const int last_block = a_.row_blocks - 1;
+#pragma unroll
+        for (int i = 0; i < kPatterns; ++i) {
+            const int chunk = i * 32 + place_.lane;
+            const int unit = chunk / (8 * kBits), group = chunk / kBits % 8, word = chunk % kBits;
+            const int64_t block = min(tile.first_block + group / 4, last_block);
+            codes_[i] = a_.codes + ((block * a_.units + unit) * kBits + word) * kLanes + group % 4 * 4;
+        }
+        // Six lanes take a group's parameters: of both blocks, the scales in two pieces and the zeros in one.
+        const int half = place_.lane % 6 / 3, piece = place_.lane % 3;
+        const int64_t parameters = static_cast<int64_t>(min(tile.first_block + half, last_block)) * a_.groups * kLanes;
+        parameters_ = piece < 2 ? reinterpret_cast<const unsigned char*>(a_.scales + parameters) + piece * 16
+                                : a_.zeros + parameters;
+        input_ = a_.input + static_cast<int64_t>(tile.first_row + input_row()) * a_.columns + input_chunk() * 8;
+        rows_ = tile.rows;
     }
-}
 
-// ---- multiplying
-// -----------------------------------------------------------------------------------------------------
+    __device__ __forceinline__ int input_row() const { return (place_.across * 32 + place_.lane) / 16; }
+    __device__ __forceinline__ int input_chunk() const { return place_.lane % 16; }
+
+    __device__ __forceinline__ void load(SharedAddress buffer) const {
+        const int first = stage_ * kStageUnits;
+        const SharedAddress parameters = buffer + a_.weight_bytes(kBits);
+        const int units = min(a_.units - first, kStageUnits);
+        load_weights(buffer + place_.across * (kStageUnits * kBits * 8 * 16), first, units);
+        load_parameters(parameters + place_.across * kParameterBytes, a_.group_of(first),
+                        a_.group_of(first + units - 1));
+        load_input(parameters + a_.warps_across * kParameterBytes, first * kUnitColumns);
+    }
+
+    __device__ __forceinline__ void load_weights(SharedAddress to, int first, int units) const {
+        const uint32_t* from[kPatterns];
+#pragma unroll
+        for (int i = 0; i < kPatterns; ++i) from[i] = codes_[i] + static_cast<int64_t>(first) * kUnitWords;
+        const bool is_whole = units == kStageUnits;
+        to = to + place_.lane * 16;
+#pragma unroll
+        for (int i = 0; i < kBits; ++i) {
+            const int chunk_unit = (i * 32 + place_.lane) / (8 * kBits);
+            const uint32_t* chunk = from[i % kPatterns] + i / kPatterns * kPatternUnits * kUnitWords;
+            if (is_whole || chunk_unit < units) copy_async_16_once(to + i * 512, chunk, policy_);
+        }
+    }
+
+    __device__ __forceinline__ void load_parameters(SharedAddress to, int first_group, int last_group) const {
+        const int slot = place_.lane / 6, half = place_.lane % 6 / 3, piece = place_.lane % 3;
+        const int group = first_group + slot;
+        if (slot < kStageUnits && group <= last_group) {
+            copy_async_16(to + slot * kSlotBytes + (piece < 2 ? half * 32 + piece * 16 : 64 + half * 16),
+                          parameters_ + static_cast<int64_t>(group) * (piece < 2 ? 2 * kLanes : kLanes));
+        }
+    }
+
+    __device__ __forceinline__ void load_input(SharedAddress to, int first_column) const {
+        // Chunks of odd rows trade places, so that lanes of two rows read from different banks.
+        const int step = a_.warps_across * 2;
+        const bool inside = first_column + input_chunk() * 8 < a_.columns;
+        const uint16_t* from = input_ + (inside ? first_column : 0);
+        to = to + input_row() * kInputRowBytes + (input_chunk() ^ (input_row() % 2 * 4)) * 16;
+#pragma unroll 1
+        for (int row = input_row(); row < rows_; row += step) {
+            copy_async_16(to, from, inside);
+            to = to + step * kInputRowBytes;
+            from += static_cast<int64_t>(step) * a_.columns;
+        }
+    }
+
+    const LinearArguments& a_;
+    const Place& place_;
+    SharedAddress buffers_;
+    uint64_t policy_;
+    int at_, end_, index_, stage_;
+    unsigned buffer_ = 0;
+    const uint32_t* codes_[kPatterns];
+    const unsigned char* parameters_;
+    const uint16_t* input_;
+    int rows_;
+};
+
+// ---- multiplying ----------------------------------------------------------------------------------------------------
 
 template <typename T, int kBits, int kTiles>
 struct Multiplier {
@@ -342,8 +423,7 @@ struct Multiplier {
     }
 };
 
-// ---- adding up and storing
-// -------------------------------------------------------------------------------------------
+// ---- adding up and storing ------------------------------------------------------------------------------------------
 
 // A warp's sums are handed on as float4s in the order of its fragments, [fragment][thread].
 template <int kTiles>
@@ -374,6 +454,7 @@ __device__ __forceinline__ void add_slices(const LinearArguments& a, const Place
     }
     sync_threads();
     if (place.slice > 0) return;
+#pragma unroll 1
     for (int slice = 0; slice < a.slices - 1; ++slice) {
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) add_fragment(sum, i, shared[(slice * 2 * kTiles + i) * threads + thread]);
@@ -386,14 +467,15 @@ template <int kTiles>
 __device__ __forceinline__ bool add_blocks(const LinearArguments& a, const Place& place, int tile, int* is_last,
                                            float (&sum)[2][kTiles][4]) {
     const int threads = a.warps_across * 32, thread = place.across * 32 + place.lane;
-    const int blocks = gridDim.x, block = blockIdx.x;
-    const int first = a.block_of(tile * a.stages, blocks), last = a.block_of((tile + 1) * a.stages - 1, blocks);
+    const int first = a.block_of(tile * a.stages), last = a.block_of((tile + 1) * a.stages - 1);
     // A block has at most two shared tiles: one that began before it, and one that goes on behind it.
-    const auto place_of = [&](int owner) {
-        return a.partial_sums + static_cast<int64_t>(2 * owner + (owner == first)) * 2 * kTiles * threads + thread;
+    const auto place_of = [&](unsigned owner) {
+        return a.partial_sums +
+               static_cast<int64_t>(2 * owner + (owner == static_cast<unsigned>(first))) * 2 * kTiles * threads +
+               thread;
     };
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) store_global(place_of(block) + i * threads, fragment(sum, i));
+    for (int i = 0; i < 2 * kTiles; ++i) store_global(place_of(blockIdx.x) + i * threads, fragment(sum, i));
     memory_fence();
     sync_barrier(1, threads);
     if (thread == 0) {
@@ -406,6 +488,7 @@ __device__ __forceinline__ bool add_blocks(const LinearArguments& a, const Place
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
         float4 total = load_written(place_of(first) + i * threads);
+#pragma unroll 1
         for (int owner = first + 1; owner <= last; ++owner) {
             const float4 part = load_written(place_of(owner) + i * threads);
             total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
@@ -454,8 +537,7 @@ __device__ __forceinline__ void store_tile(const LinearArguments& a, const Place
     }
 }
 
-// ---- the kernel
-// ------------------------------------------------------------------------------------------------------
+// ---- the kernel -----------------------------------------------------------------------------------------------------
 
 // The most threads of a block; more registers for more rows.
 constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 512 : 256; }
@@ -463,33 +545,21 @@ constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 512 : 256; }
 template <typename T, int kBits, int kTiles>
 __global__ void __launch_bounds__(max_threads(kTiles)) linear_kernel(const LinearArguments a) {
     const Place place(a.warps_across);
-    const int blocks = gridDim.x, block = blockIdx.x;
-    const int begin = a.first_stage(block, blocks), end = a.first_stage(block + 1, blocks);
+    const int begin = a.first_stage(blockIdx.x), end = a.first_stage(blockIdx.x + 1);
     const int stage_bytes = a.stage_bytes(kBits);
     unsigned char* buffers = shared_memory() + place.slice * kStages * stage_bytes;
     auto* slice_sums = reinterpret_cast<float4*>(shared_memory() + a.slices * kStages * stage_bytes + 16);
     auto* is_last = reinterpret_cast<int*>(slice_sums) - 4;
 
     // Stages are loaded up to three ahead of the one that is multiplied, across the border between tiles.
-    int load_at = begin + place.slice, load_tile = load_at / a.stages, load_stage_index = load_at % a.stages;
-    int load_buffer = 0;
-    const auto load_next = [&] {
-        if (load_at < end) {
-            load_stage<kBits>(a, place, Tile(a, load_tile, place, kTiles * kTileRows), load_stage_index,
-                              buffers + load_buffer * stage_bytes);
-        }
-        copy_async_commit();
-        load_at += a.slices;
-        load_stage_index += a.slices;
-        for (; load_stage_index >= a.stages; ++load_tile) load_stage_index -= a.stages;
-        load_buffer = (load_buffer + 1) % kStages;
-    };
+    Loader<kBits, kTiles> loader(a, place, begin, end, buffers);
 #pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) load_next();
+    for (int i = 0; i < kStages - 1; ++i) loader.next();
 
     Multiplier<T, kBits, kTiles> multiplier{place};
     const int units_per_group = a.groups == 1 ? kStageUnits : a.units / a.groups;
-    int buffer = 0, at = begin + place.slice;
+    unsigned buffer = 0;
+    int at = begin + place.slice;
     for (int index = begin / a.stages; index * a.stages < end; ++index) {
         const Tile tile(a, index, place, kTiles * kTileRows);
         multiplier.clear();
@@ -501,7 +571,7 @@ __global__ void __launch_bounds__(max_threads(kTiles)) linear_kernel(const Linea
             } else {
                 sync_warp();
             }
-            load_next();
+            loader.next();
             multiplier.start_stage(a, buffers + buffer * stage_bytes, tile.rows);
             if (units_per_group % kStageUnits == 0) {
                 multiplier.template multiply_group<kStageUnits>(0, 0);
@@ -529,19 +599,21 @@ template <typename T>
 const char* launch_linear(const LinearArguments& arguments, int bits, int row_tiles, const LaunchShape& shape,
                           void* stream);
 
+// Which kernels there are: 4 bits come in every size, the others, less common, in two.
+constexpr bool has_kernel(int bits, int row_tiles) {
+    return row_tiles == 1 || row_tiles == 4 || (bits == 4 && (row_tiles == 2 || row_tiles == 8));
+}
+
 template <typename T, int kBits>
 const char* launch_linear_tiles(const LinearArguments& arguments, int row_tiles, const LaunchShape& shape,
                                 void* stream) {
-    switch (row_tiles) {
-        case 1:
-            return launch(linear_kernel<T, kBits, 1>, shape, stream, arguments);
-        case 2:
-            return launch(linear_kernel<T, kBits, 2>, shape, stream, arguments);
-        case 4:
-            return launch(linear_kernel<T, kBits, 4>, shape, stream, arguments);
-        default:
-            return launch(linear_kernel<T, kBits, 8>, shape, stream, arguments);
+    if (row_tiles == 1) return launch(linear_kernel<T, kBits, 1>, shape, stream, arguments);
+    if (row_tiles == 4) return launch(linear_kernel<T, kBits, 4>, shape, stream, arguments);
+    if constexpr (has_kernel(kBits, 2)) {
+        if (row_tiles == 2) return launch(linear_kernel<T, kBits, 2>, shape, stream, arguments);
+        if (row_tiles == 8) return launch(linear_kernel<T, kBits, 8>, shape, stream, arguments);
     }
+    return "there is no kernel for these bits and rows";
 }
 
 template <typename T>

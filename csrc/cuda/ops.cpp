@@ -43,8 +43,7 @@ PackedTensors make_packed(const Tensor& codes, const Tensor& scales, const Tenso
             in_features};
 }
 
-// ---- many rows: torch multiplies
-// -------------------------------------------------------------------------------------
+// ---- many rows: torch multiplies ------------------------------------------------------------------------------------
 
 Tensor dense_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
@@ -82,11 +81,10 @@ Tensor multiply_many(const PackedTensors& packed, const Tensor& input, const std
     return out;
 }
 
-// ---- few rows: our kernels
-// -------------------------------------------------------------------------------------------
+// ---- few rows: our kernels ------------------------------------------------------------------------------------------
 
 Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std::optional<Tensor>& bias_,
-                    void* stream) {
+                    const cuda::LinearPlan& plan, void* stream) {
     const PackedWeight& weight = packed.weight;
     // Rows must start at multiples of 16 bytes.
     const int64_t columns = weight.in_features % 8 ? weight.units * kUnitColumns : weight.in_features;
@@ -96,10 +94,8 @@ Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std
     if (bias_) bias = make_contiguous(*bias_);
     const Tensor out = torch::stable::new_empty(input, {input.size(0), weight.out_features});
 
-    cuda::LinearPlan plan;
     uint32_t* counters = nullptr;
     std::optional<Tensor> workspace;
-    check_launched(cuda::plan_linear(weight, input.size(0), plan), "linear");
     if (!plan.whole_tiles) {
         check_launched(cuda::counters_for(stream, counters), "linear");
         workspace = torch::stable::new_empty(input, {cuda::linear_workspace(plan)}, ScalarType::Byte);
@@ -111,33 +107,66 @@ Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std
     return out;
 }
 
-// ---- the operators
-// ---------------------------------------------------------------------------------------------------
+// ---- the operators --------------------------------------------------------------------------------------------------
+
+// What both ways to multiply begin with.
+struct Multiplication {
+    PackedTensors packed;
+    Tensor input;  // [rows, in_features], contiguous
+    std::vector<int64_t> shape;
+    void* stream;
+
+    Multiplication(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
+                   int64_t out_features)
+        : packed(make_packed(codes, scales, zeros, bits, out_features, input_.size(input_.dim() - 1))),
+          input(torch::stable::view(
+              make_contiguous(input_),
+              {static_cast<int64_t>(input_.numel()) / packed.weight.in_features, packed.weight.in_features})),
+          shape(input_.sizes().begin(), input_.sizes().end()),
+          stream(current_stream(codes.get_device_index())) {
+        shape.back() = out_features;
+    }
+
+    bool can_be_few() const { return input.scalar_type() != ScalarType::Float && cuda::linear_takes(packed.weight); }
+
+    Tensor in_shape(const Tensor& out) const { return torch::stable::view(out, {shape.data(), shape.size()}); }
+};
 
 }  // namespace
 
 // The mode is about the CPU: here, products are exact and their sums fp32, in either.
-Tensor linear_cuda(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+Tensor linear_cuda(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                    const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode) {
-    check_linear(input_, bias, out_features, mode);
+    check_linear(input, bias, out_features, mode);
     check_on_device("linear", codes, scales, zeros);
-    STD_TORCH_CHECK(input_.device() == codes.device(),
+    STD_TORCH_CHECK(input.device() == codes.device(),
                     "autoq::linear: input must be on the CUDA device of the weight; move it there");
-    const int32_t device = codes.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const int64_t in_features = input_.size(input_.dim() - 1);
-    const PackedTensors packed = make_packed(codes, scales, zeros, bits, out_features, in_features);
+    const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+    const Multiplication m(input, codes, scales, zeros, bits, out_features);
+    const int64_t rows = m.input.size(0);
+    if (rows == 0) return torch::stable::new_empty(input, {m.shape.data(), m.shape.size()});
+    if (rows > cuda::kMostLinearRows || !m.can_be_few()) {
+        return m.in_shape(multiply_many(m.packed, m.input, bias, m.stream));
+    }
+    cuda::LinearPlan plan;
+    check_launched(cuda::plan_linear(m.packed.weight, rows, plan), "linear");
+    return m.in_shape(multiply_few(m.packed, m.input, bias, plan, m.stream));
+}
 
-    std::vector<int64_t> shape(input_.sizes().begin(), input_.sizes().end());
-    shape.back() = out_features;
-    const int64_t rows = input_.numel() / in_features;
-    if (rows == 0) return torch::stable::new_empty(input_, shape);
-    const Tensor input = torch::stable::view(make_contiguous(input_), {rows, in_features});
-    void* stream = current_stream(device);
-    const bool few =
-        rows <= cuda::kMostLinearRows && input.scalar_type() != ScalarType::Float && cuda::linear_takes(packed.weight);
-    const Tensor out = few ? multiply_few(packed, input, bias, stream) : multiply_many(packed, input, bias, stream);
-    return torch::stable::view(out, {shape.data(), shape.size()});
+// linear by our kernels with a plan of the caller's choice, for benchmarks/tune_linear.py alone.
+Tensor linear_with_plan(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                        int64_t bits, int64_t out_features, int64_t row_tiles, int64_t warps_across, int64_t slices,
+                        int64_t blocks, bool whole_tiles) {
+    check_linear(input, std::nullopt, out_features, "exact");
+    check_on_device("linear_with_plan", codes, scales, zeros);
+    STD_TORCH_CHECK(input.device() == codes.device(), "autoq::linear_with_plan: input must be on the weight's device");
+    const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+    const Multiplication m(input, codes, scales, zeros, bits, out_features);
+    STD_TORCH_CHECK(m.can_be_few() && m.input.size(0) > 0, "autoq::linear_with_plan: the kernels do not take this");
+    const cuda::LinearPlan plan{static_cast<int>(row_tiles), static_cast<int>(warps_across), static_cast<int>(slices),
+                                static_cast<int>(blocks), whole_tiles};
+    STD_TORCH_CHECK(cuda::is_possible(plan, static_cast<int>(bits)), "autoq::linear_with_plan: there is no such plan");
+    return m.in_shape(multiply_few(m.packed, m.input, std::nullopt, plan, m.stream));
 }
 
 namespace {
@@ -158,8 +187,15 @@ Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& 
 
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(autoq, m) {
+    m.def(
+        "linear_with_plan(Tensor input, Tensor codes, Tensor scales, Tensor zeros, int bits, int out_features, "
+        "int row_tiles, int warps_across, int slices, int blocks, bool whole_tiles) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) {
     m.impl("linear", TORCH_BOX(&linear_cuda));
+    m.impl("linear_with_plan", TORCH_BOX(&linear_with_plan));
     m.impl("dequantize", TORCH_BOX(&dequantize_cuda));
 }
 

@@ -52,7 +52,7 @@ constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 
 enum class Order { kAscending, kDescending, kRandom };
 
-// ---- what the test sets and reads ----------------------------------------------------------------------------------
+// ---- what the test sets and reads -----------------------------------------------------------------------------------
 
 struct Buffer {
     const char* begin;
@@ -107,8 +107,7 @@ inline bool in_buffer(const void* pointer, size_t bytes, bool write) {
     return false;
 }
 
-// ---- threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- threads --------------------------------------------------------------------------------------------------------
 
 struct AsyncCopy {
     char* to;
@@ -287,8 +286,7 @@ inline uint16_t float_to_bfloat(float value) { return c10::BFloat16(value).x; }
 
 }  // namespace host
 
-// ---- device.h
-// --------------------------------------------------------------------------------------------------------
+// ---- device.h -------------------------------------------------------------------------------------------------------
 
 #define threadIdx (::autoq::cuda::host::fiber().thread)
 #define blockIdx (::autoq::cuda::host::block_index)
@@ -427,8 +425,7 @@ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
     });
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(host::shared_begin()); }
 
@@ -458,14 +455,20 @@ inline uint32_t atomic_add(uint32_t* pointer, uint32_t value) {
 
 inline void memory_fence() {}
 
-inline void copy_async_16(void* to, const void* from, bool inside = true) {
+using SharedAddress = unsigned char*;
+
+inline SharedAddress shared_address(void* pointer) { return static_cast<SharedAddress>(pointer); }
+
+inline void copy_async_16(SharedAddress to, const void* from, bool inside = true) {
     host::check_shared(to, 16);
     if (inside && !host::in_buffer(from, 16, false)) return;
     std::memset(to, host::kPoison, 16);
-    host::fiber().issued.push_back({static_cast<char*>(to), inside ? static_cast<const char*>(from) : nullptr});
+    host::fiber().issued.push_back({reinterpret_cast<char*>(to), inside ? static_cast<const char*>(from) : nullptr});
 }
 
-inline void copy_async_16_once(void* to, const void* from) { copy_async_16(to, from); }
+inline uint64_t read_once_policy() { return 0; }
+
+inline void copy_async_16_once(SharedAddress to, const void* from, uint64_t) { copy_async_16(to, from); }
 
 inline void copy_async_commit() {
     host::fiber().committed.push_back(std::move(host::fiber().issued));
@@ -486,8 +489,7 @@ void copy_async_wait() {
     }
 }
 
-// ---- launching
-// -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 inline const char* device_properties(DeviceProperties& found) {
     const host::State& set = host::state();

@@ -14,11 +14,12 @@ __global__ void sum_neighbours(const uint4* in, uint32_t* out, int stages) {
     auto* buffer = reinterpret_cast<uint4*>(shared_memory());
     const unsigned thread = threadIdx.x;
     uint32_t sum = 0;
-    copy_async_16(buffer + thread, in + thread);
+    copy_async_16(shared_address(buffer + thread), in + thread);
     copy_async_commit();
     for (int stage = 0; stage < stages; ++stage) {
         if (stage + 1 < stages) {
-            copy_async_16(buffer + (stage + 1) % 2 * kThreads + thread, in + (stage + 1) * kThreads + thread);
+            copy_async_16(shared_address(buffer + (stage + 1) % 2 * kThreads + thread),
+                          in + (stage + 1) * kThreads + thread);
         }
         copy_async_commit();
         if (kWait) copy_async_wait<1>();
