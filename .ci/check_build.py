@@ -20,6 +20,10 @@ WANTED = {
     "linear_kernelINS0_4Half": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"),
     "linear_kernelINS0_8BFloat16": ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDS.128"),
     "dequantize_kernelINS0_4Half": ("STG.E.128",),
+    # One query of a key head, and four: wide loads of the cache.
+    "attend_kernelINS0_4HalfELi8ELi1ELi1E": ("LDG.E.128",),
+    "attend_kernelINS0_4HalfELi8ELi4ELi1E": ("LDG.E.128",),
+    "norm_kernelINS0_4HalfELi8E": ("LDG.E.128", "STG.E.128"),
 }
 # Reads and writes of a thread's own memory.
 SPILLS = ("LDL", "STL")

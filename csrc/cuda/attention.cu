@@ -239,7 +239,7 @@ __device__ void read_queries(const AttentionInput& input, int64_t batch, int64_t
         const Row query = row_of(input, group, first_row + row);
         float* head = queries + row * size;
         if (query.token < input.tokens) {
-            read_head(input, input.query_norm, true, batch, query.token, input.layout.query(query.head), head);
+            read_head(input, input.query_norm.weight, true, batch, query.token, input.layout.query(query.head), head);
         } else {
             for (int i = threadIdx.x % kWarp; i < size; i += kWarp) head[i] = 0.0f;
         }
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(AttentionInput input, 
             cache_head<C>(input, (i - heads) % 2 == 0, batch, (i - heads) / 2, token, position, head);
             continue;
         }
-        read_head(input, input.query_norm, true, batch, token, input.layout.query(i), head);
+        read_head(input, input.query_norm.weight, true, batch, token, input.layout.query(i), head);
         for (int column = threadIdx.x % kWarp; column < size; column += kWarp) {
             const int64_t at = (static_cast<int64_t>(blockIdx.x) * heads + i) * size + column;
             write_value(queries, input.dtype, at, head[column] * input.scale);

@@ -6,9 +6,9 @@
 
 namespace autoq::cuda {
 
-// The head that starts at a column of a token's row, in fp32, in shared memory. Turned and normed where it is a query
-// or a key.
-__device__ inline void read_head(const AttentionInput& input, const Norm& norm, bool turned, int64_t batch,
+// The head that starts at a column of a token's row, in fp32, in shared memory. Queries and keys are turned, and normed
+// where there is a weight for it; the epsilon of both is one.
+__device__ inline void read_head(const AttentionInput& input, const void* norm_weight, bool turned, int64_t batch,
                                  int64_t token, int64_t column, float* head) {
     const int lane = threadIdx.x % kWarp, size = static_cast<int>(input.layout.head_dim);
     const int64_t start = (batch * input.tokens + token) * input.layout.row_size() + column;
@@ -19,10 +19,10 @@ __device__ inline void read_head(const AttentionInput& input, const Norm& norm, 
         head[i] = value;
         squares += value * value;
     }
-    if (norm.weight) {
+    if (norm_weight) {
         const float mean = sum_of_lanes(squares) / static_cast<float>(size);
-        const float inverse = 1.0f / sqrtf(mean + norm.epsilon);
-        for (int i = lane; i < size; i += kWarp) head[i] *= inverse * read_value(norm.weight, input.dtype, i);
+        const float inverse = 1.0f / sqrtf(mean + input.query_norm.epsilon);
+        for (int i = lane; i < size; i += kWarp) head[i] *= inverse * read_value(norm_weight, input.dtype, i);
     }
     sync_warp();
     if (!turned || input.rotary.kind == RotaryKind::kNone) return;
@@ -58,16 +58,16 @@ __device__ inline float scale_of_head(const float* head, int size, float& factor
 
 // C: the type of the cache's values, signed bytes where it has scales.
 template <typename C>
-__device__ inline void write_head(const float* head, int size, const CacheView& cache, int64_t row) {
+__device__ inline void write_head(const float* head, int size, void* cache, float* scales, int64_t row) {
     const int lane = threadIdx.x % kWarp;
-    C* to = static_cast<C*>(cache.data) + row * size;
+    C* to = static_cast<C*>(cache) + row * size;
     if constexpr (sizeof(C) == 1) {
         float factor;
         const float scale = scale_of_head(head, size, factor);
         for (int i = lane; i < size; i += kWarp) {
             store_global(to + i, factor > 0.0f ? static_cast<int8_t>(rintf(head[i] * factor)) : int8_t{0});
         }
-        if (lane == 0) store_global(cache.scales + row, scale);
+        if (lane == 0) store_global(scales + row, scale);
     } else {
         for (int i = lane; i < size; i += kWarp) store_global(to + i, from_float<C>(head[i]));
     }
@@ -77,11 +77,11 @@ __device__ inline void write_head(const float* head, int size, const CacheView& 
 template <typename C>
 __device__ inline void cache_head(const AttentionInput& input, bool is_key, int64_t batch, int64_t group, int64_t token,
                                   int64_t position, float* scratch) {
-    const Norm none{NormKind::kRms, nullptr, nullptr, 0.0f};
     const int64_t column = is_key ? input.layout.key(group) : input.layout.value(group);
-    const CacheView& cache = is_key ? input.keys : input.values;
-    read_head(input, is_key ? input.key_norm : none, is_key, batch, token, column, scratch);
-    write_head<C>(scratch, static_cast<int>(input.layout.head_dim), cache, cache.row(batch, group, position));
+    const int64_t row = is_key ? input.keys.row(batch, group, position) : input.values.row(batch, group, position);
+    read_head(input, is_key ? input.key_norm.weight : nullptr, is_key, batch, token, column, scratch);
+    write_head<C>(scratch, static_cast<int>(input.layout.head_dim), is_key ? input.keys.data : input.values.data,
+                  is_key ? input.keys.scales : input.values.scales, row);
     sync_warp();  // before the scratch is used again
 }
 
