@@ -280,6 +280,13 @@ def test_blocks_that_are_not_fused_are_not_recorded() -> None:
     generate(recorded, prompt(1, 6), do_sample=False)
 
 
+def test_a_model_on_several_devices_is_not_recorded() -> None:
+    plain, recorded = pair(LLAMA)
+    recorded.register_buffer("elsewhere", torch.empty(1, device="meta"))
+    eager(recorded, plain)
+    assert Recorded.count == 0
+
+
 def test_a_recording_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Recorded:
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -205,7 +205,9 @@ class _Snapshot:
         self._modes = [linear.mode for linear in self._linears]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
         self._forwards = {block: block.__dict__.get("forward") for block in blocks}
-        self._all_fused = all(isinstance(forward, FusedForward) for forward in self._forwards.values())
+        self._can_be_recorded = len({tensor.device for tensor in self._tensors}) == 1 and all(
+            isinstance(forward, FusedForward) for forward in self._forwards.values()
+        )
 
     def _visit(self, module: nn.Module) -> None:
         for leaf, child in module._modules.items():
@@ -216,7 +218,7 @@ class _Snapshot:
             self._places += [(tensors, name) for name, tensor in tensors.items() if tensor is not None]
 
     def is_current(self) -> bool:
-        if not self._all_fused or nn.modules.module._has_any_global_hook():
+        if not self._can_be_recorded or nn.modules.module._has_any_global_hook():
             return False
         for siblings, leaf, module in self._modules:
             if siblings.get(leaf) is not module or module.training:
