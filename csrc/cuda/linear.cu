@@ -9,6 +9,9 @@
 namespace autoq::cuda {
 namespace {
 
+// Blocks that may share a tile, on average.
+constexpr int64_t kMostSharing = 4;
+
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 int stages_of(const PackedWeight& weight) { return ceil_div(weight.units, kStageUnits); }
@@ -58,8 +61,9 @@ void choose_blocks(const PackedWeight& weight, int64_t rows, const DevicePropert
             return;
         }
     }
-    // Less than a stage for each slice is not worth a block.
-    const int64_t useful = std::max<int64_t>(1, tiles * stages_of(weight) / plan.slices);
+    // Less than a stage for each slice is not worth a block, and the last block of a shared tile reads the sums of all.
+    const int64_t useful =
+        std::max<int64_t>(1, std::min(tiles * stages_of(weight) / plan.slices, kMostSharing * tiles));
     plan.blocks = static_cast<int>(std::min<int64_t>({int64_t{device.multiprocessors} * most, useful, kMostCounters}));
     plan.whole_tiles = false;
 }

@@ -321,6 +321,18 @@ class Loader {
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
 
+template <int kTiles>
+__device__ __forceinline__ void clear_sums(float (&sums)[2][kTiles][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[pair][tile][i] = 0.0f;
+        }
+    }
+}
+
 template <typename T, int kBits, int kTiles>
 struct Multiplier {
     const Place& place;
@@ -329,8 +341,6 @@ struct Multiplier {
     const unsigned char* input;
     int last_row;
     float sum[2][kTiles][4];  // the fragments of two products for each eight rows
-
-    __device__ __forceinline__ void clear() { set_zero(sum); }
 
     __device__ __forceinline__ void start_stage(const LinearArguments& a, const unsigned char* buffer, int rows) {
         weights = buffer + place.across * (kStageUnits * kBits * 8 * 16);
@@ -350,7 +360,7 @@ struct Multiplier {
         for (int row = 0; row < 4; ++row) zero[row].set(zeros, row);
 
         float partial[2][kTiles][4];
-        set_zero(partial);
+        clear_sums(partial);
         // Unrolled, the sums of 64 rows would not leave enough registers.
 #pragma unroll(kTiles < 8 ? kCount : 1)
         for (int i = 0; i < kCount; ++i) multiply_unit(first + i, zero, partial);
@@ -372,17 +382,6 @@ struct Multiplier {
     }
     __device__ static __forceinline__ float high_half(uint32_t pair) {
         return to_float(Half{static_cast<uint16_t>(pair >> 16)});
-    }
-
-    __device__ static __forceinline__ void set_zero(float (&values)[2][kTiles][4]) {
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-#pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) values[pair][tile][i] = 0.0f;
-            }
-        }
     }
 
     // The lane's four rows of one of the unit's words.
@@ -485,16 +484,16 @@ __device__ __forceinline__ bool add_blocks(const LinearArguments& a, const Place
     sync_barrier(1, threads);
     if (!*is_last) return false;
     memory_fence();
+    clear_sums(sum);
+    // All of a block's fragments are asked for before the first is waited for, and where these are few, several
+    // blocks'.
+#pragma unroll(kTiles < 4 ? 4 : 1)
+    for (int owner = first; owner <= last; ++owner) {
+        float4 parts[2 * kTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-        float4 total = load_written(place_of(first) + i * threads);
-#pragma unroll 1
-        for (int owner = first + 1; owner <= last; ++owner) {
-            const float4 part = load_written(place_of(owner) + i * threads);
-            total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
-        }
-        float (&to)[4] = sum[i / kTiles][i % kTiles];
-        to[0] = total.x, to[1] = total.y, to[2] = total.z, to[3] = total.w;
+        for (int i = 0; i < 2 * kTiles; ++i) parts[i] = load_written(place_of(owner) + i * threads);
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) add_fragment(sum, i, parts[i]);
     }
     return true;
 }
@@ -562,7 +561,7 @@ __global__ void __launch_bounds__(max_threads(kTiles)) linear_kernel(const Linea
     int at = begin + place.slice;
     for (int index = begin / a.stages; index * a.stages < end; ++index) {
         const Tile tile(a, index, place, kTiles * kTileRows);
-        multiplier.clear();
+        clear_sums(multiplier.sum);
         for (; at < min(end, (index + 1) * a.stages); at += a.slices) {
             copy_async_wait<kStages - 2>();
             // What the slice's other warps have loaded is there, and nobody reads the buffer that is loaded next.
