@@ -84,12 +84,22 @@ def make_extension(cuda_home: Path | None) -> Any:
     return Extension("autoq._C", **settings)
 
 
+def remove_stale_objects(folder: Path) -> None:
+    """Removes the CUDA objects of an earlier build that are older than a header: torch's build rules for nvcc know no
+    headers where torch itself has no CUDA."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.h"))
+    for path in (folder / "csrc" / "cuda").glob("*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 def make_build_command() -> Any:
     """torch's build command, with the fallback to pure Python when the compiler fails."""
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuild(BuildExtension):
         def build_extensions(self) -> None:
+            remove_stale_objects(ROOT / self.build_temp)
             try:
                 super().build_extensions()
             except Exception as error:

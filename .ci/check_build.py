@@ -1,10 +1,32 @@
-"""Checks what was built: the native extension, and the CUDA code for every architecture where a toolkit is there."""
+"""Checks what was built: the native extension, and the GPU code of every architecture where a toolkit is there.
+
+Of the GPU code, that the kernels have the instructions they are written for, and no register was spilled to memory:
+what a compiler does silently, and what tests without a GPU cannot see.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
+import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
+
+# Instructions that each kernel must have, as the beginnings of their names in the machine code: the tensor cores'
+# product with sums in fp32, copies from global to shared memory, both 16 bytes wide.
+WANTED = {
+    "linear_kernelINS0_4Half": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "linear_kernelINS0_8BFloat16": ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128", "LDS.128"),
+    "dequantize_kernelINS0_4Half": ("STG.E.128",),
+    # One query of a key head, and four: wide loads of the cache.
+    "attend_kernelINS0_4HalfELi8ELi1ELi1E": ("LDG.E.128",),
+    "attend_kernelINS0_4HalfELi8ELi4ELi1E": ("LDG.E.128",),
+    "norm_kernelINS0_4HalfELi8E": ("LDG.E.128", "STG.E.128"),
+}
+# Reads and writes of a thread's own memory.
+SPILLS = ("LDL", "STL")
 
 
 def main() -> str | None:
@@ -14,9 +36,69 @@ def main() -> str | None:
 
     info = _C.build_info()
     print(info)
-    if (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()) and "cuda_architectures" not in info:
-        return "a CUDA toolkit is here, but the extension was built without CUDA"
-    return None
+    if not info["cuda_architectures"]:
+        has_toolkit = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+        return "a CUDA toolkit is here, but the extension was built without CUDA" if has_toolkit else None
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        print("the GPU code was not looked at, for want of cuobjdump")
+        return None
+    return check_instructions(cuobjdump, Path(_C.__file__), info["cuda_architectures"])
+
+
+def find_cuobjdump() -> Path | None:
+    """The toolkit's disassembler, or the one that comes with Triton."""
+    folders = ["/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
+    return None if found is None else Path(found)
+
+
+def check_instructions(cuobjdump: Path, library: Path, architectures: str) -> str | None:
+    problems = []
+    for architecture in re.split("[; ]", architectures.replace("+PTX", "")):
+        name = f"sm_{architecture.replace('.', '')}"
+        kernels = instructions(cuobjdump, library, name)
+        problems += problems_of(name, kernels)
+        products = sum(counts["HMMA"] for counts in kernels.values())
+        print(f"{name}: {len(kernels)} kernels, {products} products on the tensor cores")
+    return "\n".join(problems) or None
+
+
+def instructions(cuobjdump: Path, library: Path, architecture: str) -> dict[str, Counter[str]]:
+    """How often each kernel has each instruction, by its full name and by its first part."""
+    # The disassembler that cuobjdump calls lies beside it.
+    environment = {"PATH": f"{cuobjdump.parent}:/usr/bin:/bin"}
+    command = [str(cuobjdump), "-sass", "-arch", architecture, str(library)]
+    kernels: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    kernel = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.search(r"Function : (\S+)", line):
+                kernel = match[1]
+            elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+                names = {match[1], match[1].partition(".")[0]}
+                kernels[kernel].update(names)
+    return dict(kernels)
+
+
+def problems_of(architecture: str, kernels: dict[str, Counter[str]]) -> list[str]:
+    problems = []
+    for wanted, names in WANTED.items():
+        found = {kernel: counts for kernel, counts in kernels.items() if wanted in kernel}
+        if not found:
+            problems.append(f"{architecture}: there is no {wanted}")
+        for kernel, counts in found.items():
+            problems += [
+                f"{architecture}: {kernel} has no {name}"
+                for name in names
+                if not any(i.startswith(name) for i in counts)
+            ]
+            problems += [f"{architecture}: {kernel} has {counts[name]} {name}" for name in SPILLS if counts[name]]
+    return problems
 
 
 if __name__ == "__main__":

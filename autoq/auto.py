@@ -20,6 +20,7 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
+from autoq.nn.graph import record_steps
 from autoq.nn.spread import connect, disconnect, is_offloaded
 from autoq.ops import MODES
 from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
@@ -132,8 +133,8 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
-        fuse_layers: decoder blocks on the CPU run in one native call each, without gradients, and give the same tokens;
-            False runs transformers' own.
+        fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; on a GPU
+            whole decoding steps are CUDA graphs. False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
             fused: half the memory of a long context, and less to read. None keeps them in the model's dtype.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are
@@ -161,6 +162,8 @@ class AutoQForCausalLM(nn.Module):
             if isinstance(module, QuantLinear):
                 module.mode = mode
         fused = fuse_blocks(model, quantized_cache=kv_cache_bits == 8) if fuse_layers else 0
+        if fused:
+            record_steps(model)
         if kv_cache_bits is not None and not fused:
             warnings.warn("kv_cache_bits has no effect: no block of this model is fused", stacklevel=2)
         return cls(model, quant_config)
@@ -231,7 +234,8 @@ class AutoQForCausalLM(nn.Module):
         training = self.model.training
         try:
             self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress, devices)
-            fuse_blocks(self.model)
+            if fuse_blocks(self.model):
+                record_steps(self.model)
             self._interrupted = False
         finally:
             self.model.train(training)

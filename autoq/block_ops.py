@@ -3,6 +3,10 @@
 A block is what csrc/block.cpp says: norm, q/k/v in one projection, attention over a cache, output projection, norm, MLP
 and residuals. What families differ in is given as numbers, so that one operator serves them all; `BlockSettings` names
 them. The tensors come as one list, in the order of `BlockTensors`; one that is absent is an empty tensor.
+
+`past` is how many positions the caches hold. Where a step is recorded once and run again for every token, as CUDA
+graphs are, that number has to come from the device: `length`, one int64, is then what counts, and `past` the most it
+may be. The mask and the bias have `past + tokens` positions in either case.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch.nn import functional
 
 from autoq import ops
 from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
+from autoq.errors import OperatorError
 
 MAX_HEAD_DIM = 1024  # of the native operator
 
@@ -56,6 +61,9 @@ class BlockTensors(NamedTuple):
     activation_scales: Tensor
     query_norm: Tensor
     key_norm: Tensor
+
+
+QKV_CODES = BlockTensors._fields.index("qkv_codes")
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define(
     "decoder_block(Tensor hidden, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scales, "
     "Tensor(d!)? value_scales, int past, Tensor? cosines, Tensor? sines, Tensor? mask, Tensor? bias, "
-    "Tensor[] tensors, int[] settings, float[] constants) -> Tensor"
+    "Tensor[] tensors, int[] settings, float[] constants, Tensor? length=None) -> Tensor"
 )
 
 
@@ -252,7 +260,16 @@ def _reference(
     hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
     cosines: Tensor | None, sines: Tensor | None,
     mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
+    length: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    if length is not None:
+        held = int(length)
+        if not 0 <= held <= past:
+            raise OperatorError(
+                f"the length is {held} but must be between 0 and {past}, the past it stands for at most"
+            )
+        past, positions = held, held + hidden.shape[1]
+        mask, bias = (term if term is None else term[..., :positions] for term in (mask, bias))
     parts, chosen = BlockTensors(*tensors), BlockSettings.of(settings, constants)
 
     def norm(x: Tensor, name: str, epsilon: float) -> Tensor:
@@ -285,12 +302,22 @@ def _fake(
     hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
     cosines: Tensor | None, sines: Tensor | None,
     mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
+    length: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 _library.impl("decoder_block", _reference, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::decoder_block", _fake, lib=_library)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether blocks are faster through the operator there: on the CPU, and on others where it has kernels."""
+    if device.type == "cpu":
+        return True
+    key = {"cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("autoq::decoder_block", key)
+
 
 reference_decoder_block = _reference
 decoder_block = torch.ops.autoq.decoder_block.default

@@ -10,6 +10,7 @@ from autoq.architectures import architecture_of
 from autoq.architectures.base import named_linears
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
+from autoq.nn.graph import record_steps
 from autoq.nn.linear import replace_module
 from autoq.quantization.weight import quantize
 
@@ -25,6 +26,10 @@ SHAPES = {
     "llama-2-7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
         "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
 
@@ -53,4 +58,5 @@ def round_to_nearest(model: LlamaForCausalLM, config: QuantConfig) -> AutoQForCa
         weight = quantize(model.lm_head.weight.detach(), config.lm_head_bits, config.lm_head_group_size)
         model.lm_head = QuantLinear.from_weight(weight)
     fuse_blocks(model)
+    record_steps(model)
     return AutoQForCausalLM(model, config)

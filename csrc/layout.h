@@ -17,6 +17,9 @@
 //                 of code i at bit i. A 3-bit field would straddle words and cost shifts that depend on the column.
 //
 //   scales [row_blocks][groups][16] fp16, zeros [row_blocks][groups][16] uint8
+//
+// The tensor cores of GPUs take it as it is: 16 bytes hold the same columns of four rows, which is what one lane of a
+// warp contributes to four products. cuda/linear_kernel.h draws how.
 #pragma once
 
 #include <cstdint>

@@ -77,35 +77,17 @@ void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t fi
         });
 }
 
-cpu::Mode mode_of(const std::string& name) {
-    STD_TORCH_CHECK(name == "exact" || name == "int8", "autoq::linear: the mode is '", name,
-                    "' but must be 'exact' or 'int8'");
-    return name == "exact" ? cpu::Mode::kExact : cpu::Mode::kInt8;
-}
-
-void check_bias(const std::optional<Tensor>& bias, const Tensor& input, int64_t out_features) {
-    if (!bias) return;
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, "autoq::linear: bias must have the shape [",
-                    out_features, "], one value for each output feature");
-    STD_TORCH_CHECK(bias->scalar_type() == input.scalar_type(),
-                    "autoq::linear: bias must have the dtype of the input; convert it");
-    STD_TORCH_CHECK(bias->is_cpu(), "autoq::linear: bias must be on the CPU, as the input is; move it there");
-}
-
 }  // namespace
 
 Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
               const std::optional<Tensor>& bias_, int64_t bits, int64_t out_features, const std::string& mode_name) {
-    const cpu::Mode mode = mode_of(mode_name);
-    STD_TORCH_CHECK(input_.dim() >= 1, "autoq::linear: input must have at least one dimension, the features");
+    check_linear(input_, bias_, out_features, mode_name);
     STD_TORCH_CHECK(input_.is_cpu(), "autoq::linear: input must be on the CPU, as the weight is; move it there");
+    const cpu::Mode mode = mode_name == "exact" ? cpu::Mode::kExact : cpu::Mode::kInt8;
     const ScalarType dtype = input_.scalar_type();
-    STD_TORCH_CHECK(is_supported_float(dtype),
-                    "autoq::linear: input must be float32, bfloat16 or float16; convert it to one of them");
     const int64_t in_features = input_.size(input_.dim() - 1);
     const PackedTensors packed(codes, scales, zeros, bits, out_features, in_features);
     packed.check_on_cpu();
-    check_bias(bias_, input_, out_features);
 
     const Tensor input = make_contiguous(input_);
     std::optional<Tensor> bias;

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <optional>
+#include <string>
+
 #include "layout.h"
 
 namespace autoq {
@@ -28,6 +32,23 @@ inline Float float_of(ScalarType supported) {
 
 inline Tensor make_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// What `linear` asks of its arguments beside the weight, on any device.
+inline void check_linear(const Tensor& input, const std::optional<Tensor>& bias, int64_t out_features,
+                         const std::string& mode) {
+    STD_TORCH_CHECK(mode == "exact" || mode == "int8", "autoq::linear: the mode is '", mode,
+                    "' but must be 'exact' or 'int8'");
+    STD_TORCH_CHECK(input.dim() >= 1, "autoq::linear: input must have at least one dimension, the features");
+    STD_TORCH_CHECK(is_supported_float(input.scalar_type()),
+                    "autoq::linear: input must be float32, bfloat16 or float16; convert it to one of them");
+    if (!bias) return;
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, "autoq::linear: bias must have the shape [",
+                    out_features, "], one value for each output feature");
+    STD_TORCH_CHECK(bias->scalar_type() == input.scalar_type(),
+                    "autoq::linear: bias must have the dtype of the input; convert it");
+    STD_TORCH_CHECK(bias->device() == input.device(),
+                    "autoq::linear: bias must be on the device of the input; move it there");
 }
 
 // The three tensors of a packed weight, contiguous, and what they describe. Holds the tensors, so that the borrowed
@@ -61,6 +82,17 @@ struct PackedTensors {
                               units,
                               groups,
                               in_features / groups};
+    }
+
+    // A part of the rows, in whole blocks.
+    PackedWeight blocks(int64_t first, int64_t count) const {
+        PackedWeight part = weight;
+        part.codes = weight.unit(first, 0);
+        part.scales += first * weight.groups * kLanes;
+        part.zeros += first * weight.groups * kLanes;
+        part.row_blocks = count;
+        part.out_features = std::min(weight.out_features - first * kLanes, count * kLanes);
+        return part;
     }
 
     void check_on_cpu() const {

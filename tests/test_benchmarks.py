@@ -10,6 +10,18 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def test_gpu_models_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    script = [sys.executable, BENCHMARKS / "gpu_models.py", "--shape", "tiny", "--output", tmp_path / "models"]
+    sizes = ["--batch", "1", "2", "--depth", "0", "40", "--compile-batch"]
+    subprocess.run([*script, *sizes, "--device", "cpu"], check=True, timeout=280)
+    results = json.loads((tmp_path / "models.json").read_text())
+    engines = {record["engine"] for record in results["records"]}
+    assert engines == {"transformers fp16", "autoq 4 bits"}
+    assert len(results["records"]) == 2 * (4 + 1 + 2)
+    assert not results["left_out"]
+    assert "| tiny | decode | 2 | 40 | autoq 4 bits |" in (tmp_path / "models.md").read_text()
+
+
 def test_cpu_peers_measures_what_is_installed(tmp_path: Path) -> None:
     output = tmp_path / "peers"
     command = [sys.executable, BENCHMARKS / "cpu_peers.py", "--quick", "--rounds", "1", "--threads", "1"]

@@ -562,20 +562,3 @@ def test_an_extension_that_cannot_be_loaded_is_no_error(monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops._warn_once(torch.device("cpu"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_agrees_with_the_cpu(dtype: torch.dtype, bits: int) -> None:
-    for out_features, in_features, group_size in SHAPES:
-        weight = make_weight(out_features, in_features, bits, group_size)
-        packed = ops.pack(weight)
-        moved = PackedWeight(*(tensor.cuda() for tensor in packed))
-        dense = ops.dequantize(moved, bits, out_features, in_features, dtype)
-        assert torch.equal(dense.cpu(), dequantize(weight, dtype))
-        x = make_input(5, in_features, dtype=dtype)
-        expected = x.double() @ dequantize(weight, torch.float64).T
-        found = ops.linear(x.cuda(), moved, None, bits, out_features).cpu().double()
-        tolerance = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]  # TF32 may be on
-        assert (found - expected).norm() <= tolerance * expected.norm()

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.architectures.base import BlockParts, RotaryKind
-from autoq.block_ops import MAX_HEAD_DIM, ActivationKind, BlockSettings, BlockTensors, decoder_block
+from autoq.block_ops import MAX_HEAD_DIM, QKV_CODES, ActivationKind, BlockSettings, BlockTensors, decoder_block, runs_on
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
@@ -51,8 +52,8 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
 
     quantized_cache: keys and values are kept in 8 bits.
 
-    A block is left as it is when it is not on the CPU, when its weights are on the disk, when some of its linears are
-    not quantized, or when projections that are read together cannot be one.
+    A block is left as it is when it is on a device without kernels, when its weights are on the disk, when some of its
+    linears are not quantized, or when projections that are read together cannot be one.
     """
     if model.config.model_type not in known_model_types():
         return 0
@@ -101,8 +102,7 @@ class _Parts:
         }  # fmt: skip
         modules = [(name.rpartition("."), block.get_submodule(name)) for name in filter(None, names)]
         self._places = [(block.get_submodule(parent)._modules, leaf, module) for (parent, _, leaf), module in modules]
-        self._pre_hooks = [module._forward_pre_hooks for _, module in modules]
-        self._hooks = [module._forward_hooks for _, module in modules]
+        self._hooks = [hooks for _, module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     @classmethod
     def of(cls, block: nn.Module, description: BlockParts) -> _Parts | None:
@@ -118,7 +118,10 @@ class _Parts:
         return [*self.qkv, self.output, *self.up, self.down]
 
     def can_be_fused(self) -> bool:
-        if not all(isinstance(linear, QuantLinear) and linear.codes.is_cpu for linear in self.linears):
+        if not all(isinstance(linear, QuantLinear) for linear in self.linears):
+            return False
+        devices = {linear.codes.device for linear in self.linears}
+        if len(devices) > 1 or not runs_on(devices.pop()):
             return False
         return (
             self._activation_kind() is not None
@@ -130,13 +133,13 @@ class _Parts:
 
     def untouched(self) -> bool:
         """Whether the modules are still those of the block, and nobody watches or changes what goes through them."""
-        if nn.modules.module._has_any_global_hook() or any(self._pre_hooks):
+        if nn.modules.module._has_any_global_hook():
             return False
         if any(
             siblings.get(leaf) is not module or "forward" in module.__dict__ for siblings, leaf, module in self._places
         ):
             return False
-        return not any(self._hooks) or all(_is_idle(hook) for hooks in self._hooks for hook in hooks.values())
+        return not any(self._hooks) or not any(is_watched(module) for _, _, module in self._places)
 
     def sources(self) -> list[tuple[dict[str, Any], str]]:
         """Where the tensors come from: the dicts of the modules that hold them, and their names in these."""
@@ -192,6 +195,11 @@ class _Parts:
 
 
 _NOTHING = torch.empty(0)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks see or change what goes through a module."""
+    return bool(module._forward_pre_hooks) or not all(_is_idle(hook) for hook in module._forward_hooks.values())
 
 
 def _is_idle(hook: Any) -> bool:
@@ -330,17 +338,19 @@ class FusedForward:
 
     def _run(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
         """The block's output, or None where its own forward has to make it."""
-        if block.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
             return None
-        if options.get("output_attentions") or self._attention_implementation() not in _ATTENTIONS:
+        if block.training or options.get("output_attentions") or not self._parts.untouched():
             return None
-        if not self._parts.untouched():
+        if self._attention_implementation() not in _ATTENTIONS:
             return None
         if not self._is_current():
             if not self._parts.can_be_fused():
                 return None
             self._collect()
         if not self._dtypes <= {hidden.dtype} or self._needs_gradients(hidden):
+            return None
+        if hidden.device != self._tensors[QKV_CODES].device:
             return None
         modes = {linear.mode for linear in self._parts.linears}
         if len(modes) > 1:
@@ -350,7 +360,7 @@ class FusedForward:
         batch, tokens, _ = hidden.shape
         shape = (batch, heads.kv_heads, tokens, heads.head_dim)
         cache = options.get("past_key_values", options.get("layer_past"))
-        layer, past = None, 0
+        layer, past, length = None, 0, None
         if cache is None:
             buffers = KVBuffers.empty(hidden, shape, self._quantized_cache)
         else:
@@ -358,13 +368,14 @@ class FusedForward:
             if layer is None:
                 return None
             buffers, past = layer.reserve(hidden, *shape)
+            length = layer.length
         mask = options.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
             hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
-            self._tensors, self._integers[modes.pop()], self._constants,
+            self._tensors, self._integers[modes.pop()], self._constants, length,
         )  # fmt: skip
         if layer is not None:
             layer.advance(tokens)
@@ -399,4 +410,6 @@ class FusedForward:
         if bias is None:
             return None
         bias = bias[:, :, -positions:]
+        if bias.shape[2] < positions:  # the room of a cache, more than the model has positions
+            bias = functional.pad(bias, (0, positions - bias.shape[2]))
         return bias.view(-1, self._parts.description.heads.heads, *bias.shape[1:])

@@ -54,20 +54,26 @@ class KVLayer(DynamicLayer):
     quantized: the buffers are int8.
     """
 
+    length: Tensor | None = None  # where it is found on the device, of a layer whose length the host does not know
+
     def __init__(self, quantized: bool = False) -> None:
         self.quantized = quantized
         self._buffers: KVBuffers | None = None
         self._length = 0
+        self._lent = False  # the buffers may be filled by others once this layer is gone
         super().__init__()
 
     def _front(self, tensor: Tensor, scales: Tensor | None) -> Tensor:
         front = tensor[:, :, : self._length]
         return front if scales is None else (front * scales[:, :, : self._length, None]).to(self.dtype)
 
+    def _own(self, front: Tensor) -> Tensor:
+        return front.clone() if self._lent else front
+
     def _assign(self, name: str, states: Tensor | None) -> None:
         """What an assignment to `keys` or `values` does: nothing else is held then, so both have to be assigned."""
         if states is None:
-            self._buffers, self._length = None, 0
+            self._buffers, self._length, self._lent = None, 0, False
             return
         fresh = KVBuffers.empty(states, tuple(states.shape), self.quantized)  # type: ignore[arg-type]
         write_cache(fresh.keys, fresh.key_scales, 0, states)
@@ -83,7 +89,7 @@ class KVLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         buffers = self._buffers
-        return None if buffers is None else self._front(buffers.keys, buffers.key_scales)
+        return None if buffers is None else self._own(self._front(buffers.keys, buffers.key_scales))
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
@@ -92,7 +98,7 @@ class KVLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         buffers = self._buffers
-        return None if buffers is None else self._front(buffers.values, buffers.value_scales)
+        return None if buffers is None else self._own(self._front(buffers.values, buffers.value_scales))
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
@@ -121,7 +127,9 @@ class KVLayer(DynamicLayer):
                 f"to come have {[batch, heads, tokens, head_dim]}; use a cache of its own for every batch"
             )
         if old is None or old.capacity < length + tokens:
-            room = -(-max(length + tokens, 2 * (0 if old is None else old.capacity)) // _STEP) * _STEP
+            # A prompt is followed by a token, at least.
+            room = -(-max(length + tokens + 1, 2 * (0 if old is None else old.capacity)) // _STEP) * _STEP
+            self._lent = False
             self._buffers = KVBuffers.empty(like, (batch, heads, room, head_dim), self.quantized)
             for new, held in zip(self._buffers, old or (), strict=False):
                 if new is not None and held is not None:
@@ -132,6 +140,43 @@ class KVLayer(DynamicLayer):
     def advance(self, tokens: int) -> None:
         """The buffers hold `tokens` more tokens."""
         self._length += tokens
+
+    def make_room(self, tokens: int) -> None:
+        """Room for so many more tokens, of a layer that holds some."""
+        assert self._buffers is not None
+        if self._buffers.capacity < self._length + tokens:
+            batch, heads, _, head_dim = self._buffers.keys.shape
+            self.reserve(torch.empty(0, dtype=self.dtype, device=self.device), batch, heads, tokens, head_dim)
+
+    # ---- buffers at a fixed address, which layers take over from each other (graph.py) ----
+
+    def holds(self, buffers: KVBuffers) -> bool:
+        return self._buffers is buffers
+
+    def holds_sequences(self, batch: int) -> bool:
+        return self._buffers is not None and self._buffers.keys.shape[0] == batch
+
+    def lend(self) -> KVBuffers:
+        """The buffers, for others to fill once this layer is gone: what is given out from now on are copies."""
+        assert self._buffers is not None
+        self._lent = True
+        return self._buffers
+
+    def fits(self, buffers: KVBuffers) -> bool:
+        """Whether what is held could move to other buffers."""
+        assert self._buffers is not None
+        return all(
+            (own is None) == (other is None) and (own is None or other is None or _likeness(own) == _likeness(other))
+            for own, other in zip(self._buffers, buffers, strict=True)
+        )
+
+    def move_to(self, buffers: KVBuffers) -> None:
+        """Copies what is held to other buffers, which are not its own, and holds these from now on."""
+        assert self._buffers is not None
+        for old, new in zip(self._buffers, buffers, strict=True):
+            if old is not None and new is not None:
+                new[:, :, : self._length].copy_(old[:, :, : self._length])
+        self._buffers, self._lent = buffers, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -156,7 +201,7 @@ class KVLayer(DynamicLayer):
         self._length = max(0, self._length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self._buffers, self._length, self.is_initialized = None, 0, False
+        self._buffers, self._length, self._lent, self.is_initialized = None, 0, False, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The sequences in another order, some of them perhaps twice."""
@@ -172,7 +217,12 @@ class KVLayer(DynamicLayer):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffers is not None:
-            self._buffers = self._buffers.map(change)
+            self._buffers, self._lent = self._buffers.map(change), False
+
+
+def _likeness(tensor: Tensor) -> tuple[Any, ...]:
+    """All but the room."""
+    return tensor.shape[:2], tensor.shape[3:], tensor.dtype, tensor.device
 
 
 def kv_layer(cache: Any, index: int, quantized: bool = False) -> KVLayer | None:

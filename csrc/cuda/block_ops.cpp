@@ -1,0 +1,115 @@
+// The steps of the operator `decoder_block` on CUDA: the kernels, on torch's current stream.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../block_device.h"
+#include "block.h"
+#include "ops.h"
+#include "stream.h"
+
+namespace autoq {
+namespace {
+
+// From so many tokens on torch's attention, which multiplies with tensor cores, is faster than ours.
+constexpr int64_t kManyTokens = 17;
+
+void check_launch(const char* error) {
+    STD_TORCH_CHECK(error == nullptr, "autoq::decoder_block: a CUDA kernel was not launched: ", error);
+}
+
+class CudaDevice : public BlockDevice {
+  public:
+    explicit CudaDevice(const Tensor& hidden)
+        : index_(hidden.get_device_index()), guard_(index_), stream_(current_stream(index_)) {}
+
+    const char* name() const override { return "the GPU of the hidden states"; }
+    bool holds(const Tensor& tensor) const override { return tensor.is_cuda() && tensor.get_device_index() == index_; }
+
+    Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                  const std::optional<Tensor>& bias, int64_t bits, int64_t out_features,
+                  const std::string& mode) const override {
+        return linear_cuda(input, codes, scales, zeros, bias, bits, out_features, mode);
+    }
+
+    void norm(const Norm& norm, const Tensor& input, const Tensor& output) const override {
+        const int64_t columns = input.size(input.dim() - 1);
+        check_launch(cuda::norm(norm, input.data_ptr(), nullptr, nullptr, output.data_ptr(),
+                                float_of(input.scalar_type()), input.numel() / columns, columns, stream_));
+    }
+
+    void add(const Tensor& first, const Tensor* second, const Tensor& last) const override {
+        check_launch(cuda::add(first.data_ptr(), last.data_ptr(), second ? second->data_ptr() : nullptr,
+                               last.data_ptr(), float_of(last.scalar_type()), last.numel(), stream_));
+    }
+
+    void add_and_norm(const Norm& norm, const Tensor& first, const Tensor& last, const Tensor& output) const override {
+        const int64_t columns = last.size(last.dim() - 1);
+        check_launch(cuda::norm(norm, first.data_ptr(), last.data_ptr(), last.data_ptr(), output.data_ptr(),
+                                float_of(last.scalar_type()), last.numel() / columns, columns, stream_));
+    }
+
+    void activate(ActivationKind kind, bool gated, const Tensor& input, const void* scales,
+                  const Tensor& output) const override {
+        const int64_t columns = output.size(output.dim() - 1);
+        check_launch(cuda::activate(kind, gated, input.data_ptr(), scales, output.data_ptr(),
+                                    float_of(input.scalar_type()), output.numel() / columns, columns, stream_));
+    }
+
+    // Reading the length here would wait for the GPU, and a graph would not read it again.
+    int64_t held(const std::optional<Tensor>&, int64_t past) const override { return past; }
+
+    bool attends(const AttentionInput& input, bool) const override {
+        return input.tokens < kManyTokens || input.length;
+    }
+
+    void attend(AttentionInput& input, const Tensor& output) const override {
+        int splits = 0;
+        check_launch(cuda::attention_splits(input, splits));
+        const int64_t floats = cuda::attention_scratch(input, splits);
+        const Tensor scratch = torch::stable::new_empty(output, {floats}, ScalarType::Float);
+        input.output = output.data_ptr();
+        check_launch(cuda::attend(input, splits, static_cast<float*>(scratch.data_ptr()), stream_));
+    }
+
+    Tensor rotate(AttentionInput& input, const Tensor& qkv) const override {
+        const Tensor queries =
+            torch::stable::new_empty(qkv, {input.batch, input.tokens, input.layout.heads, input.layout.head_dim});
+        check_launch(cuda::rotate(input, queries.data_ptr(), stream_));
+        return queries;
+    }
+
+    void widen(const CacheView& cache, int64_t positions, const Tensor& dense) const override {
+        check_launch(cuda::widen(cache, dense.data_ptr(), float_of(dense.scalar_type()), dense.size(0) * dense.size(1),
+                                 positions, dense.size(3), stream_));
+    }
+
+    Tensor score_terms(const AttentionInput& input, const Tensor& like) const override {
+        const Tensor terms =
+            torch::stable::new_empty(like, {input.batch, input.layout.heads, input.tokens, input.past + input.tokens});
+        check_launch(cuda::score_terms(input, terms.data_ptr(), stream_));
+        return terms;
+    }
+
+  private:
+    int32_t index_;
+    torch::stable::accelerator::DeviceGuard guard_;
+    void* stream_;
+};
+
+Tensor decoder_block_cuda(const Tensor& hidden, const Tensor& keys, const Tensor& values,
+                          const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
+                          int64_t past, const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
+                          const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                          const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+                          const std::vector<double>& constants, const std::optional<Tensor>& length) {
+    STD_TORCH_CHECK(hidden.is_cuda(), "autoq::decoder_block: hidden states, caches and tensors must be on one GPU");
+    return decoder_block(CudaDevice(hidden), {hidden, keys, values, key_scales, value_scales, past, cosines, sines,
+                                              mask, bias, tensors, settings, constants, length});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) { m.impl("decoder_block", TORCH_BOX(&decoder_block_cuda)); }
+
+}  // namespace autoq

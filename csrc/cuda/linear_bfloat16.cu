@@ -1,0 +1,11 @@
+#include "linear_kernel.h"
+
+namespace autoq::cuda {
+
+template <>
+const char* launch_linear<BFloat16>(const LinearArguments& arguments, int bits, int row_tiles, const LaunchShape& shape,
+                                    void* stream) {
+    return launch_linear_bits<BFloat16>(arguments, bits, row_tiles, shape, stream);
+}
+
+}  // namespace autoq::cuda

@@ -1,0 +1,70 @@
+// Kernels that follow each other without a gap.
+//
+// A decoded token is some hundreds of kernels of a few microseconds, each waiting for the one before. From Hopper on
+// the next one is launched while the last still runs (programmatic dependent launch): it waits for results in its first
+// line, where it would otherwise wait for its own launch. Every kernel launched this way has to do so before it touches
+// memory, be it to write: only then is all complete that was launched before the one before it.
+#pragma once
+
+#include "device.h"
+
+namespace autoq::cuda {
+
+#ifdef AUTOQ_CUDA_HOST
+
+inline void wait_for_earlier_kernels() {}
+inline void let_the_next_kernel_start() {}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                               Arguments... arguments) {
+    return launch(kernel, shape, stream, arguments...);
+}
+
+#else
+
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks come, as soon as all of this kernel's have called it and there is room for them.
+__device__ __forceinline__ void let_the_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// `launch`, for a kernel that calls wait_for_earlier_kernels.
+template <typename... Parameters, typename... Arguments>
+const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                               Arguments... arguments) {
+    DeviceProperties device{};
+    if (const char* error = device_properties(device)) return error;
+    if (device.major < 9) return launch(kernel, shape, stream, arguments...);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
+    config.blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return message(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+#endif
+
+// Returns null, or what keeps a grid of this size from being launched.
+inline const char* make_grid(int64_t x, int64_t y, int64_t z, Index3& grid) {
+    if (x < 1 || y < 1 || z < 1 || x > 0x7fffffff || y > 0xffff || z > 0xffff) {
+        return "there is too much of it for one launch";
+    }
+    grid = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+    return nullptr;
+}
+
+}  // namespace autoq::cuda

@@ -1,0 +1,362 @@
+"""Recorded decoding steps, on the CPU with a stand-in for CUDA graphs: the same tokens, and every way out of them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VARIANTS, Variant, quantized, variant
+from recording import Recorded
+from test_block import WAYS, WINDOW, blocks, generate, prompt, with_context
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from autoq import AutoQForCausalLM
+from autoq.nn import graph
+from autoq.nn.block import unfuse_blocks
+from autoq.nn.graph import StepGraphs
+
+LLAMA = variant("llama-gqa")
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(graph.RECORDERS, "cpu", Recorded)
+    Recorded.count = Recorded.replays = 0
+
+
+def pair(family: Variant, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same quantized model without recording, and with it."""
+    recorded = quantized(with_context(family, 512), **settings).model
+    plain = copy.deepcopy(recorded)
+    del plain.forward
+    assert isinstance(recorded.forward, StepGraphs)
+    return plain, recorded
+
+
+def steps() -> int:
+    """Replayed so far."""
+    return Recorded.replays
+
+
+# ---- the same results ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*VARIANTS, WINDOW], ids=lambda family: family.name)
+def test_generation_gives_the_same_tokens(family: Variant) -> None:
+    plain, recorded = pair(family)
+    for padded in (False, True):
+        inputs = prompt(3, 12) if padded else {"input_ids": prompt(3, 12)["input_ids"]}
+        before = steps()
+        options = {"do_sample": False, "use_cache": True}
+        assert torch.equal(generate(plain, inputs, **options), generate(recorded, inputs, **options))
+        # All but the prompt; where a family has to be given a mask, one step finds that out.
+        assert steps() - before in (18, 19)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_generate(way: str) -> None:
+    plain, recorded = pair(LLAMA)
+    inputs = prompt(3, 12)
+    assert torch.equal(generate(plain, inputs, **WAYS[way]), generate(recorded, inputs, **WAYS[way]))
+    assert (steps() > 0) == (way != "no cache")
+
+
+def decode(model: PreTrainedModel, ids: Tensor, first: int = 5, **options: Any) -> Tensor:
+    """The logits of all tokens, the first at once and the others one by one."""
+    cache = DynamicCache(config=model.config)
+    found = []
+    with torch.no_grad():
+        for part in (ids[:, :first], *ids[:, first:].split(1, 1)):
+            found.append(model(part, past_key_values=cache, use_cache=True, **options).logits)
+    return torch.cat(found, 1)
+
+
+def test_logits_are_those_of_the_blocks_alone() -> None:
+    for family in (LLAMA, variant("gptj"), variant("bloom")):
+        plain, recorded = pair(family)
+        ids = prompt(2, 20)["input_ids"]
+        torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-6, atol=1e-6)
+        assert steps() > 0
+
+
+def test_a_cache_grows_and_recordings_follow() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 300)["input_ids"]
+    torch.testing.assert_close(decode(recorded, ids, 250), decode(plain, ids, 250), rtol=1e-6, atol=1e-6)
+    assert Recorded.count == 2  # 256 tokens, then 512
+    # The larger room serves the next cache too.
+    torch.testing.assert_close(decode(recorded, ids, 250), decode(plain, ids, 250), rtol=1e-6, atol=1e-6)
+    assert Recorded.count == 2
+
+
+def test_recordings_are_used_again_and_kept_apart() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(2, 20)["input_ids"]
+    for _ in range(3):
+        generate(recorded, {"input_ids": ids}, do_sample=False)
+    assert Recorded.count == 1
+    # Two caches alive at once have a recording each, and do not see each other's tokens.
+    caches = [DynamicCache(config=recorded.config) for _ in range(2)]
+    other = ids.flip(1)
+    with torch.no_grad():
+        for part, turned in zip(ids.split(4, 1), other.split(4, 1), strict=True):
+            for piece, piece_turned in zip(part.split(1, 1), turned.split(1, 1), strict=True):
+                logits = recorded(piece, past_key_values=caches[0]).logits
+                turned_logits = recorded(piece_turned, past_key_values=caches[1]).logits
+    assert Recorded.count == 1 + 2  # which are given no positions, as generate does
+    torch.testing.assert_close(logits[:, 0], plain(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(turned_logits[:, 0], plain(other).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_large_caches_do_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, recorded = pair(LLAMA)
+    expected = generate(recorded, prompt(1, 5), do_sample=False)
+    generate(recorded, prompt(1, 5), do_sample=False)
+    assert Recorded.count == 1
+    monkeypatch.setattr(graph, "idle_limit", lambda _: 0)
+    assert torch.equal(generate(recorded, prompt(1, 5), do_sample=False), expected)
+    assert Recorded.count == 2
+
+
+def test_logits_and_keys_stay_what_they_were() -> None:
+    """What a caller keeps is not filled again by the steps to come."""
+    _, recorded = pair(LLAMA)
+    ids = prompt(1, 12)["input_ids"]
+    cache = DynamicCache(config=recorded.config)
+    with torch.no_grad():
+        recorded(ids[:, :5], past_key_values=cache)
+        first = recorded(ids[:, 5:6], past_key_values=cache).logits
+        keys = cache.layers[0].keys
+        kept = first.clone(), keys.clone()
+        address = cache.layers[0].lend().keys.data_ptr()
+        cache = DynamicCache(config=recorded.config)
+        for part in ids.flip(1).split(1, 1):
+            recorded(part, past_key_values=cache)
+    assert cache.layers[0].lend().keys.data_ptr() == address
+    assert Recorded.count == 1
+    assert torch.equal(first, kept[0])
+    assert torch.equal(keys, kept[1])
+
+
+def test_cropping_selecting_and_repeating_sequences() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(2, 12)["input_ids"]
+    results = []
+    for model in (plain, recorded):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :6], past_key_values=cache)
+            for i in (6, 7, 8):
+                model(ids[:, i : i + 1], past_key_values=cache)
+            cache.crop(-2)
+            found = [model(ids[:, 7:8], past_key_values=cache).logits]
+            cache.batch_repeat_interleave(2)
+            found.append(model(ids[[0, 0, 1, 1], 8:9], past_key_values=cache).logits)
+            cache.batch_select_indices(torch.tensor([2]))
+            found += [model(ids[1:, i : i + 1], past_key_values=cache).logits for i in (9, 10)]
+            found.append(model(ids[1:, 9:11], past_key_values=cache).logits)  # not a step
+            found.append(model(ids[1:, 11:12], past_key_values=cache).logits)
+        results.append(found)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_keys_and_values_of_8_bits(tmp_path: Path) -> None:
+    quantized(LLAMA).save_quantized(tmp_path)
+    model = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu", kv_cache_bits=8).model
+    plain = copy.deepcopy(model)
+    del plain.forward
+    ids = prompt(2, 30)["input_ids"]
+    torch.testing.assert_close(decode(model, ids), decode(plain, ids), rtol=1e-6, atol=1e-6)
+    assert steps() > 20
+
+
+# ---- the model's own forward -----------------------------------------------------------------------------------------
+
+
+def eager(recorded: PreTrainedModel, plain: PreTrainedModel, **options: Any) -> None:
+    """Gives the same as without recordings, and replays none, but for the step that finds that the model changed."""
+    before = steps()
+    ids = prompt(1, 9)["input_ids"]
+    torch.testing.assert_close(decode(recorded, ids, **options), decode(plain, ids, **options), rtol=1e-5, atol=1e-5)
+    assert steps() <= before + 1
+
+
+def test_what_is_asked_for_beside_logits_comes_from_the_model() -> None:
+    plain, recorded = pair(LLAMA)
+    eager(recorded, plain, output_hidden_states=True)
+    eager(recorded, plain, output_attentions=True)
+    cache = DynamicCache(config=recorded.config)
+    ids = prompt(1, 9)["input_ids"]
+    with torch.no_grad():
+        recorded(ids[:, :8], past_key_values=cache)
+        assert isinstance(recorded(ids[:, 8:], past_key_values=cache, return_dict=False), tuple)
+        assert recorded(ids[:, 8:], past_key_values=cache, labels=ids[:, 8:]).loss is not None
+    assert Recorded.count == 0
+
+
+def test_hooks_are_obeyed() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 30)["input_ids"]
+    decode(recorded, ids)
+    assert steps() > 0
+    for place in (recorded.lm_head, recorded.model.norm, recorded.model, blocks(recorded)[1], blocks(recorded)[0].mlp):
+        seen: list[nn.Module] = []
+        hook = place.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
+        eager(recorded, plain)
+        assert len(seen) == 5
+        hook.remove()
+        before = steps()
+        decode(recorded, ids)
+        assert steps() > before
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.scales"])
+def test_changed_tensors_are_used(name: str) -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 20)["input_ids"]
+    decode(recorded, ids)
+    parent, _, leaf = name.rpartition(".")
+    for way in ("in place", "assigned", "data"):
+        for model in (plain, recorded):
+            module = model.get_submodule(parent)
+            old = getattr(module, leaf)
+            with torch.no_grad():
+                if way == "in place":
+                    old.mul_(1.25)
+                elif way == "data":
+                    old.data = old.data * 1.25
+                else:
+                    setattr(module, leaf, nn.Parameter(old * 1.25) if isinstance(old, nn.Parameter) else old * 1.25)
+        before = steps()
+        torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
+        assert steps() > before
+
+
+def test_a_replaced_module_is_used() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 9)["input_ids"]
+    decode(recorded, ids)
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    for model in (plain, recorded):
+        model.lm_head = Doubled(model.lm_head)
+    torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_training_and_autocast_run_eagerly() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 9)["input_ids"]
+    cache = DynamicCache(config=recorded.config)
+    recorded(ids[:, :8], past_key_values=cache)
+    assert recorded(ids[:, 8:], past_key_values=cache).logits.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        eager(recorded, plain)
+    recorded.train(), plain.train()
+    eager(recorded, plain)
+    assert Recorded.count == 0
+
+
+def test_blocks_that_are_not_fused_are_not_recorded() -> None:
+    plain, recorded = pair(LLAMA)
+    unfuse_blocks(recorded)
+    eager(recorded, plain)
+    _, recorded = pair(LLAMA)
+    blocks(recorded)[0].self_attn.config._attn_implementation = "eager"
+    generate(recorded, prompt(1, 6), do_sample=False)
+
+
+def test_a_model_on_several_devices_is_not_recorded() -> None:
+    plain, recorded = pair(LLAMA)
+    recorded.register_buffer("elsewhere", torch.empty(1, device="meta"))
+    eager(recorded, plain)
+    assert Recorded.count == 0
+
+
+def test_a_recording_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Recorded:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, recorded = pair(LLAMA)
+    monkeypatch.setitem(graph.RECORDERS, "cpu", fail)
+    eager(recorded, plain)
+
+
+def test_other_caches_run_eagerly() -> None:
+    plain, recorded = pair(LLAMA)
+    options = {"do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(generate(plain, prompt(2, 12), **options), generate(recorded, prompt(2, 12), **options))
+    assert steps() == 0
+
+
+def test_inference_mode_and_back() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 20)["input_ids"]
+    with torch.inference_mode():
+        decode(recorded, ids)
+    torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
+    assert Recorded.count == 1
+
+
+# ---- the model stays a model -----------------------------------------------------------------------------------------
+
+
+def test_copies_and_pickles_record_for_themselves(tmp_path: Path) -> None:
+    _, recorded = pair(LLAMA)
+    ids = prompt(1, 12)["input_ids"]
+    expected = decode(recorded, ids)
+    torch.save(recorded, tmp_path / "model.pt")
+    for again in (copy.deepcopy(recorded), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(decode(again, ids), expected)
+        assert steps() > 0
+        with torch.no_grad():
+            again.lm_head.weight.mul_(2)
+        assert not torch.equal(decode(again, ids), expected)
+    assert torch.equal(decode(recorded, ids), expected)
+
+
+def test_compiled_models_are_one_graph() -> None:
+    """Fused or not: what torch.compile sees is transformers' forward."""
+    plain, recorded = pair(LLAMA)
+    unfuse_blocks(plain)
+    ids = prompt(2, 5)["input_ids"]
+    with torch.no_grad():
+        expected = plain(ids, use_cache=False).logits
+        for model in (plain, recorded):
+            torch.compiler.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_signature_is_the_models() -> None:
+    plain, recorded = pair(LLAMA)
+    assert inspect.signature(recorded.forward) == inspect.signature(plain.forward)
+
+
+def test_a_model_is_gone_with_its_last_reference() -> None:
+    _, recorded = pair(LLAMA)
+    decode(recorded, prompt(1, 9)["input_ids"])
+    lm_head = weakref.ref(recorded.lm_head)
+    gc.collect()
+    gc.disable()
+    try:
+        del recorded
+        assert lm_head() is None
+    finally:
+        gc.enable()
