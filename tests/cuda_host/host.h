@@ -1,14 +1,13 @@
 // The functions of csrc/cuda/device.h on the host, so that tests run the very source of the kernels without a GPU.
 //
 // A block's threads are fibers of one operating system thread, which switch only where threads must wait for each
-// other: at barriers and at operations of a whole warp. Blocks run one after the other,
-// so that a mistake in the order of memory between blocks goes unseen. What is checked on the way:
+// other: at barriers and at operations of a whole warp. Blocks run one after the other, so a mistake in the order of
+// memory between blocks goes unseen. What is checked on the way:
 //
 //   - Global memory may be touched only inside the buffers that the test has named, aligned to the access.
 //   - Shared memory starts as NaN, and what lies behind its end must be untouched at the end.
 //   - A copy by cp.async makes its destination NaN at once and arrives only when its own thread waits for it: as late
-//   as
-//     the hardware may deliver it.
+//     as the hardware may deliver it.
 //   - Threads that wait for each other in vain are reported, as are warps whose lanes are at different operations.
 //   - The order in which fibers run is the test's choice (greedy from either end, or at random), so that a missing
 //     barrier shows as a wrong result in one of them; blocks run in that order too.
