@@ -147,7 +147,7 @@ def _footnote(arguments: argparse.Namespace) -> str:
     return (
         f"`python benchmarks/linear_kernels.py`; {arguments.bits} bits, groups of {GROUP_SIZE}, kernels for "
         f"{_C.cpu_capability()}. {device_name(torch.device('cpu'))}; autoq {__version__}, torch {torch.__version__}, "
-        f"python {platform.python_version()}. Up to 8 rows, the modes are the same."
+        f"python {platform.python_version()}. Up to 8 rows (16 with AMX), the modes are the same."
     )
 
 

@@ -1,6 +1,6 @@
 """Perplexity of the linears' modes against the same quantized model computed in float64, and against torch in bf16.
 
-    python benchmarks/modes.py --models MODELS --text FILE.txt [--config w4g128] [--window 256] [--max-windows 40]
+    python benchmarks/modes.py --models MODELS --text FILE.txt [--bits 4] [--group-size 128] [--max-windows 40]
 
 MODELS is a directory with one model directory each. Each is quantized by round to nearest, without a search: what is
 compared is arithmetic on the same weights. Writes NAME.md and NAME.json (--output).

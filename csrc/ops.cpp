@@ -29,9 +29,9 @@ cpu::Scratch& scratch() {
     return memory;
 }
 
-void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output) {
+void multiply_rows(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output, int digits) {
     const cpu::Kernels& kernels = cpu::kernels();
-    const cpu::FixedPointRows fixed = cpu::fixed_point_rows(weight, input, kernels, scratch());
+    const cpu::FixedPointRows fixed = cpu::fixed_point_rows(weight, input, digits, kernels, scratch());
     const int64_t columns = weight.units * kUnitColumns;
     // Preparing a value costs about as much as a hundred products.
     torch::stable::parallel_for(0, input.rows, grain(columns * 100),
@@ -39,6 +39,26 @@ void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const
     torch::stable::parallel_for(
         0, weight.row_blocks, grain(columns * kLanes * input.rows),
         [&](int64_t begin, int64_t end) { kernels.multiply(weight, fixed, output, begin, end); });
+}
+
+// Some of the rows of an input and of its output.
+std::pair<cpu::InputRows, cpu::OutputRows> part(const PackedWeight& weight, const cpu::InputRows& input,
+                                                const cpu::OutputRows& output, int64_t begin, int64_t end) {
+    const int64_t bytes = input.dtype == Float::kFloat32 ? 4 : 2;
+    const char* rows = static_cast<const char*>(input.data) + begin * weight.in_features * bytes;
+    char* results = static_cast<char*>(output.data) + begin * output.stride * bytes;
+    return {{rows, input.dtype, end - begin}, {results, output.dtype, output.stride, output.bias}};
+}
+
+// Few rows, neighbours with as many digits together.
+void multiply_few(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output) {
+    int next = cpu::digits_for_row(weight, input, 0);
+    for (int64_t begin = 0, end = 1; begin < input.rows; begin = end++) {
+        const int digits = next;
+        while (end < input.rows && (next = cpu::digits_for_row(weight, input, end)) == digits) ++end;
+        const auto [rows, results] = part(weight, input, output, begin, end);
+        multiply_rows(weight, rows, results, digits);
+    }
 }
 
 void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output,
@@ -55,14 +75,12 @@ void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, con
 
 // Many rows, some at a time: equal parts, each a multiple of two tiles but for the last.
 void multiply_many(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output,
-                   int64_t element_bytes, cpu::Mode mode) {
+                   cpu::Mode mode) {
     const int64_t parts = (input.rows + kRowsAtATime - 1) / kRowsAtATime;
     const int64_t step = ((input.rows + parts - 1) / parts + 31) / 32 * 32;
     for (int64_t row = 0; row < input.rows; row += step) {
-        const char* rows = static_cast<const char*>(input.data) + row * weight.in_features * element_bytes;
-        char* results = static_cast<char*>(output.data) + row * output.stride * element_bytes;
-        multiply_tiles(weight, {rows, input.dtype, std::min(step, input.rows - row)},
-                       {results, output.dtype, output.stride, output.bias}, mode);
+        const auto [rows, results] = part(weight, input, output, row, std::min(row + step, input.rows));
+        multiply_tiles(weight, rows, results, mode);
     }
 }
 
@@ -102,7 +120,7 @@ Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, c
     if (rows <= cpu::kernels().few_rows) {
         multiply_few(packed.weight, input_rows, output_rows);
     } else {
-        multiply_many(packed.weight, input_rows, output_rows, static_cast<int64_t>(input.element_size()), mode);
+        multiply_many(packed.weight, input_rows, output_rows, mode);
     }
     return out;
 }

@@ -388,6 +388,15 @@ def test_assisted_generation_gives_the_same_tokens(calls: list[int]) -> None:
     assert calls[0] > 0
 
 
+def test_a_context_longer_than_the_biases_is_no_silent_one() -> None:
+    """MPT makes its biases for so many positions and no more."""
+    fused, unfused = pair(next(variant for variant in FAMILIES if variant.name == "mpt"))
+    inputs = prompt(1, fused.config.max_seq_len + 2)
+    for model in (fused, unfused):
+        with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+            model(**inputs)
+
+
 def test_static_cache_runs_unfused(calls: list[int]) -> None:
     unfused, fused = pair(FAMILIES[0])
     options = {"do_sample": False, "cache_implementation": "static"}

@@ -274,6 +274,21 @@ def test_outliers_cost_no_precision(group_size: int, capability: str) -> None:
         assert relative_error(difference, exact_linear(input * (torch.arange(1024) >= 128), weight)) < 1e-4
 
 
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outliers_cost_others_no_precision(dtype: torch.dtype, rows: int, capability: str) -> None:
+    """A channel a thousand times larger than the others, with weights of zero: what is left are the others."""
+    weight = make_weight(64, 512, 4, 128)
+    assert weight.zeros is not None
+    weight.codes[:, 100] = weight.zeros[:, 0]
+    input = make_input(rows, 512, dtype=dtype)
+    input[rows // 2, 100] *= 1000  # the other rows have none
+    assert relative_error(run_linear(input, weight), exact_linear(input, weight)) < (
+        3e-3 if dtype == torch.bfloat16 else 4e-4
+    )
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-25, 1e-10, 1e10, 1e28])
 def test_any_magnitude(magnitude: float, capability: str) -> None:
     weight = make_weight(20, 256, 4, 64)

@@ -374,7 +374,7 @@ class FusedForward:
             return None
         cosines, sines = self._rotary(hidden, options)
         output = decoder_block(
-            hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens),
+            hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens, length is not None),
             self._tensors, self._integers[modes.pop()], self._constants, length,
         )  # fmt: skip
         if layer is not None:
@@ -403,13 +403,16 @@ class FusedForward:
         cosines, sines = options["position_embeddings"]
         return cosines, sines
 
-    def _bias(self, options: dict[str, Any], positions: int) -> Tensor | None:
-        """What is added to the scores, `[batch or 1, heads, 1, positions]`."""
+    def _bias(self, options: dict[str, Any], positions: int, static: bool) -> Tensor | None:
+        """What is added to the scores, `[batch or 1, heads, 1, positions]`.
+
+        static: the positions are the room of a cache, which may be more than the model has.
+        """
         name = self._parts.description.position_bias
         bias = None if name is None else options.get(name)
         if bias is None:
             return None
         bias = bias[:, :, -positions:]
-        if bias.shape[2] < positions:  # the room of a cache, more than the model has positions
+        if static and bias.shape[2] < positions:
             bias = functional.pad(bias, (0, positions - bias.shape[2]))
         return bias.view(-1, self._parts.description.heads.heads, *bias.shape[1:])

@@ -18,15 +18,15 @@ try:
 except ImportError:
     gguf_files = None  # type: ignore[assignment]
 
+_GROUP = 128
 # The quantized models, by the name of their files.
 _CONFIGS = {
-    "asymmetric": QuantConfig(),
-    "symmetric": QuantConfig(zero_point=False),
-    "asymmetric_head8": QuantConfig(lm_head_bits=8),
-    "asymmetric_head4": QuantConfig(lm_head_bits=4),
-    "3bit_head4": QuantConfig(bits=3, lm_head_bits=4),
+    "asymmetric": QuantConfig(group_size=_GROUP),
+    "symmetric": QuantConfig(group_size=_GROUP, zero_point=False),
+    "asymmetric_head8": QuantConfig(group_size=_GROUP, lm_head_bits=8),
+    "asymmetric_head4": QuantConfig(group_size=_GROUP, lm_head_bits=4),
+    "3bit_head4": QuantConfig(group_size=_GROUP, bits=3, lm_head_bits=4),
 }
-_GROUP = 128
 _IN_GGUF = ("asymmetric", "symmetric", "bf16")
 _PROMPT = 16  # tokens of which the reference logits are kept
 _CHECKED_ROWS = 64  # rows of activations of which the reference product is kept

@@ -43,6 +43,7 @@ enum class Pair {
 template <Pair PAIR, bool SECOND, int COLUMNS>
 AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* second, int64_t stride, const uint8_t* weights,
                             int64_t tiles) {
+    asm volatile("" ::: "memory");  // GCC does not know that loading tiles reads memory
     _tile_zero(0);
     if constexpr (SECOND) _tile_zero(1);
     if constexpr (COLUMNS == 2) _tile_zero(2);
@@ -196,9 +197,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
 
 }  // namespace
 
-const Kernels amx_kernels = {16,           digit_tile_rows_amx,  prepare_avx512, multiply_few_amx,
-                             element,      prepare_tiles_avx512, multiply_tiles, dequantize_avx512,
-                             &avx512_block};
+const Kernels amx_kernels = {kFewRowsAmx,          digit_tile_rows_amx, prepare_avx512,    multiply_few_amx, element,
+                             prepare_tiles_avx512, multiply_tiles,      dequantize_avx512, &avx512_block};
 
 }  // namespace autoq::cpu
 

@@ -16,6 +16,10 @@ struct alignas(64) TileConfiguration {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Up to how many rows are few.
+constexpr int64_t kFewRowsAmx = 16;
+static_assert(kFewRowsAmx * kMaxDigits <= kMaxDigitTiles * kTileRows);
+
 int64_t digit_tile_rows_amx(int64_t rows, int digits);
 void multiply_few_amx(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
                       int64_t end);

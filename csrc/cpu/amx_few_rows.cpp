@@ -15,7 +15,6 @@ namespace autoq::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockTiles = kBlockHalves / kTileHalves;
-constexpr int64_t kMaxRows = 16;
 constexpr int64_t kFewestRows = 5;
 // Steps between the unpacking of a block and the use of its sums, which gives the matrix unit and the memory between it
 // and the vector units the time they take.
@@ -32,11 +31,14 @@ struct alignas(64) Stage {
 };
 
 struct Work {
+    Work(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output)
+        : weight(weight), fixed(fixed), output(output) {}
+
     const PackedWeight& weight;
     const FixedPointRows& fixed;
     const OutputRows& output;
     Stage stages[kStages + 1];
-    alignas(64) float results[kMaxRows][kLanes];
+    alignas(64) float results[kFewRowsAmx][kLanes];
 };
 
 template <int BITS>
@@ -67,6 +69,7 @@ AUTOQ_INLINE void multiply(const FixedPointRows& fixed, Stage& stage) {
     const int8_t* digits[TILES];
     for (int t = 0; t < TILES; ++t) digits[t] = fixed.tile(stage.block, t);
     const int64_t step = fixed.tile_bytes();
+    asm volatile("" ::: "memory");  // GCC does not know that loading tiles reads memory
     _tile_zero(0);
     if constexpr (TILES > 1) _tile_zero(1);
     if constexpr (TILES > 2) _tile_zero(2);
@@ -177,10 +180,10 @@ AUTOQ_TARGET void multiply_few_amx(const PackedWeight& weight, const FixedPointR
     if (fixed.tile_rows == 0) return multiply_avx512(weight, fixed, output, begin, end);
     static const Configurations configurations;
     static thread_local Scratch scratch;
-    Work& work = *new (scratch.get(sizeof(Work))) Work{weight, fixed, output, {}, {}};
+    Work& work = *new (scratch.get(sizeof(Work))) Work(weight, fixed, output);
     _tile_loadconfig(&configurations.of[fixed.tile_rows * fixed.digits]);
     with_bits(weight.bits, [&](auto bits) {
-        (fixed.digits == 4 ? multiply_row_tiles<bits, 4> : multiply_row_tiles<bits, 2>)(work, begin, end);
+        with_digits(fixed.digits, [&](auto digits) { multiply_row_tiles<bits, digits>(work, begin, end); });
     });
     _tile_release();  // a thread with tiles in use is slower to switch, and its core to rest
 }

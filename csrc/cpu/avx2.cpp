@@ -130,7 +130,8 @@ AUTOQ_TARGET void prepare_block(const PackedWeight& weight, const InputRows& inp
 
 void prepare(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
              int64_t end) {
-    prepare_digits(fixed.digits == 4 ? prepare_block<4> : prepare_block<2>, weight, input, fixed, begin, end);
+    with_digits(fixed.digits,
+                [&](auto digits) { prepare_digits(prepare_block<digits>, weight, input, fixed, begin, end); });
 }
 
 // ---- multiplication ----------------------------------------------------------------------------------------------
@@ -269,7 +270,8 @@ AUTOQ_TARGET void multiply_blocks(const PackedWeight& weight, const FixedPointRo
 void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
               int64_t end) {
     with_bits(weight.bits, [&](auto bits) {
-        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 2>)(weight, fixed, output, begin, end);
+        with_digits(fixed.digits,
+                    [&](auto digits) { multiply_blocks<bits, digits>(weight, fixed, output, begin, end); });
     });
 }
 

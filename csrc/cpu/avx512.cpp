@@ -444,9 +444,10 @@ AUTOQ_TARGET void dequantize_rows(const PackedWeight& weight, void* dense, int64
 
 void prepare_avx512(const PackedWeight& weight, const InputRows& input, const FixedPointRows& fixed, int64_t begin,
                     int64_t end) {
-    auto prepare = fixed.digits == 4 ? prepare_block<4, false> : prepare_block<2, false>;
-    if (fixed.tile_rows > 0) prepare = fixed.digits == 4 ? prepare_block<4, true> : prepare_block<2, true>;
-    prepare_digits(prepare, weight, input, fixed, begin, end);
+    with_digits(fixed.digits, [&](auto digits) {
+        const auto prepare = fixed.tile_rows > 0 ? prepare_block<digits, true> : prepare_block<digits, false>;
+        prepare_digits(prepare, weight, input, fixed, begin, end);
+    });
 }
 
 void prepare_tiles_avx512(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
@@ -478,7 +479,8 @@ AUTOQ_TARGET void store_panel_avx512(const ActivationTiles& rows, const Panel& p
 void multiply_avx512(const PackedWeight& weight, const FixedPointRows& fixed, const OutputRows& output, int64_t begin,
                      int64_t end) {
     with_bits(weight.bits, [&](auto bits) {
-        (fixed.digits == 4 ? multiply_blocks<bits, 4> : multiply_blocks<bits, 2>)(weight, fixed, output, begin, end);
+        with_digits(fixed.digits,
+                    [&](auto digits) { multiply_blocks<bits, digits>(weight, fixed, output, begin, end); });
     });
 }
 

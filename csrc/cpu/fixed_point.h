@@ -3,17 +3,19 @@
 // A block of at most 256 columns of one input row shares a power-of-two scale, and each value becomes a fixed-point
 // integer, cut into signed base-256 digits:
 //
-//   x[k] ~ scale * (digit[0][k] + 256 * digit[1][k] (+ 65536 * digit[2][k] + 2^24 * digit[3][k]))
+//   x[k] ~ scale * (digit[0][k] + 256 * digit[1][k] (+ 65536 * digit[2][k]) (+ 2^24 * digit[3][k]))
 //
 // Instruction sets multiply unsigned bytes (the codes) by signed bytes (the digits) four at a time, which is faster
 // than converting each code to fp32 and multiplying there: for 16 rows of 4-bit weights, 128 products per digit take
 // two instructions, against sixteen in fp32. And integer sums are exact, so the result depends on no summation order:
 // not on the instruction set, not on the number of threads, not on how many rows are in the batch.
 //
-// Two digits hold 14 bits below the largest value of the block, which is exact for a bf16 down to 1/64 of it and off by
-// at most 2e-4 of the block's norm, mostly 5e-5; what rounding the result to bf16 costs is 1.7e-3. A third digit was
-// tried: half as many instructions again, on processors where they and not the memory are the limit, for nothing that
-// could be measured. fp32 inputs get four digits, 30 bits. A power of two as scale keeps short mantissas exact.
+// fp32 inputs get four digits, 30 bits below the largest value of the block. Rows of 16-bit inputs get two, 14 bits,
+// which is exact for a bf16 down to 1/64 of the largest value, or three, 22 bits, if in some block more than an eighth
+// of the values are smaller than that, because others are outliers: `digits_for_row`. With two the error is 5e-5 on
+// gaussian data, where rounding the result to bf16 costs 1.7e-3; always taking three would cost half as many
+// instructions again, on processors where these and not the memory are the limit. A power of two as scale keeps short
+// mantissas exact.
 //
 // All sums stay below 2^24 (255 * 128 * 256), so they convert to fp32 exactly; products with the zero point as well.
 #pragma once
@@ -31,8 +33,7 @@ namespace autoq::cpu {
 constexpr int64_t kBlockHalves = 16;  // halves in a block at most: 256 columns
 constexpr int kMaxDigits = 4;
 
-inline int digits_for(Float dtype) { return dtype == Float::kFloat32 ? 4 : 2; }
-inline int digit_fraction_bits(int digits) { return digits == 4 ? 30 : 14; }
+inline int digit_fraction_bits(int digits) { return 8 * digits - 2; }
 
 // Input rows, row-major and contiguous.
 struct InputRows {
@@ -143,7 +144,7 @@ inline BlockScale block_scale(uint32_t largest_magnitude_bits, int fraction_bits
     // An infinite or NaN value has no fixed-point form: the block's products become NaN.
     if (largest_magnitude_bits >= 0x7f800000u) return {0.0f, __builtin_nanf("")};
     // The magnitude is below 2^exponent. The clamp keeps both powers of two normal numbers; what it cuts off is below
-    // 2^-118.
+    // 2^-110.
     int exponent = static_cast<int>(largest_magnitude_bits >> 23) - 126;
     if (exponent < -96) exponent = -96;
     const int shift = fraction_bits - exponent;

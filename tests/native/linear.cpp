@@ -65,6 +65,8 @@ struct Call {
     Mode mode;
     int64_t rows;
 
+    int digits(Float dtype) const { return dtype == Float::kFloat32 ? 4 : rows % 3 == 0 ? 3 : 2; }
+
     std::string name() const {
         return std::to_string(rows) + (few ? " few rows" : mode == Mode::kExact ? " rows, exact" : " rows, int8");
     }
@@ -79,7 +81,7 @@ Array multiply(const Kernels& kernels, const Call& call, const Weight& weight, c
     // In two parts, as threads would.
     const int64_t row = call.rows / 2, block = packed.row_blocks / 2;
     if (call.few) {
-        const FixedPointRows fixed = fixed_point_rows(packed, rows, kernels, scratch);
+        const FixedPointRows fixed = fixed_point_rows(packed, rows, call.digits(input.dtype()), kernels, scratch);
         kernels.prepare(packed, rows, fixed, 0, row);
         kernels.prepare(packed, rows, fixed, row, call.rows);
         kernels.multiply(packed, fixed, output, 0, block);
