@@ -20,7 +20,7 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
-from autoq.nn.graph import record_steps
+from autoq.nn.graph import StepGraphs, record_steps
 from autoq.nn.spread import connect, disconnect, is_offloaded
 from autoq.ops import MODES
 from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
@@ -249,6 +249,8 @@ class AutoQForCausalLM(nn.Module):
                 "device_map and the torch_dtype it should have"
             )
         super()._apply(fn, recurse)
+        if isinstance(forward := self.model.__dict__.get("forward"), StepGraphs):
+            forward.forget()  # what they hold would stay where the model was
         if getattr(self.model, "hf_device_map", None) is not None:
             self.model.hf_device_map = present_device_map(self.model)
             if len(self.model.hf_device_map) == 1:

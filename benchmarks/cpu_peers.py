@@ -3,11 +3,12 @@
     python benchmarks/cpu_peers.py [--shape tinyllama-1.1b] [--threads 1 2] [--python llama.cpp=PYTHON ...]
     python benchmarks/cpu_peers.py --quick        # a tiny model and few rounds, to see that everything works
 
-Whole models: autoq, transformers in bf16, and llama.cpp (package llama-cpp-python) with Q4_0 and Q4_1 files that hold
-the same codes and scales, and a Q4_K_M file made by llama.cpp's own quantizer. One matmul: autoq's linear, torch's int4
-and bf16 kernels, onnxruntime's MatMulNBits, llama.cpp's mul_mat. What is not installed is left out, which the results
-say. Every engine has a process of its own, which keeps its model; they take turns within each round, and so does a
-probe of the read bandwidth, since a machine's speed drifts. Needs gguf to write llama.cpp's files.
+Whole models: autoq (also with a head of 8 or 4 bits, where llama.cpp's has 6, and with weights of 3 bits), transformers
+in bf16, and llama.cpp (package llama-cpp-python) with Q4_0 and Q4_1 files that hold the same codes and scales, and a
+Q4_K_M file made by llama.cpp's own quantizer. One matmul: autoq's linear, torch's int4 and bf16 kernels, onnxruntime's
+MatMulNBits, llama.cpp's mul_mat. What is not installed is left out, which the results say. Every engine has a process
+of its own, which keeps its model; they take turns within each round, and so does a probe of the read bandwidth, since
+a machine's speed drifts. Needs gguf to write llama.cpp's files.
 
 llama-cpp-python is to be compiled for the machine: CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python. On a
 processor with AMX, GCC 12 drops most of the tile configuration in llama.cpp's code as dead stores, and the process ends

@@ -46,6 +46,7 @@ MODELS = {
 }
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 COPY_BYTES = 2**30
+_LAUNCH_CYCLES = 200_000
 DENSE_FROM = 32  # rows from which "dequantize" is measured
 
 Run = Callable[[int], Tensor]  # given the index of the weight's copy
@@ -60,18 +61,21 @@ def main() -> str | None:
     with torch.inference_mode():
         for in_features, out_features in sizes_of(arguments.model):
             records += _measure_size(in_features, out_features, arguments)
+            _write(arguments.output, bandwidth, records)  # now, since the run may be cut off
+    print(arguments.output.with_suffix(".md").read_text())
+    return None
+
+
+def _write(output: Path, bandwidth: float, records: list[dict[str, Any]]) -> None:
     result = {
         "device": device_name(torch.device("cuda")),
         "copy_gigabytes_per_second": bandwidth / 1e9,
         "versions": {"autoq": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "records": records,
     }
-    text = _report(result)
-    print(text)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text + "\n")
-    return None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    output.with_suffix(".md").write_text(_report(result) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -95,7 +99,7 @@ def sizes_of(models: list[str]) -> list[tuple[int, int]]:
 
 def copy_bandwidth(rounds: int) -> float:
     """Bytes read and written per second by a copy from device memory to device memory."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     seconds = take_turns({"copy": lambda _: target.copy_(source)}, 1, rounds)["copy"]
     return 2 * COPY_BYTES / seconds
@@ -128,6 +132,7 @@ def _capture(run: Run, copies: int) -> torch.cuda.CUDAGraph:
 
 def _seconds(run: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_LAUNCH_CYCLES)  # until all is in the queue: launching a graph takes as long as a small kernel
     start.record()
     run()
     end.record()

@@ -51,27 +51,40 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
-        self._end = time.monotonic() + arguments.seconds
+        self._end = self._part_end = time.monotonic() + arguments.seconds
         self.records: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+
+    def begin(self, parts_left: int) -> None:
+        """One of so many parts, which shares the time that is left with the others."""
+        now = time.monotonic()
+        self._part_end = now + (self._end - now) / parts_left
 
     def run(self, engine: str, shape: str, case: Case, measure: Callable[[], float], bytes_read: int) -> None:
         """Measures a case in milliseconds, or notes why not."""
         name = f"{shape}, {engine}: {case.kind}, batch {case.batch}, depth {case.depth}"
-        if time.monotonic() > self._end:
+        if time.monotonic() > self._part_end:
             self.left_out.append(f"{name} (time)")
             return
         reset_memory(self.device)
         try:
             milliseconds = measure()
-        except torch.cuda.OutOfMemoryError:
-            self.left_out.append(f"{name} (memory)")
+        except Exception as error:  # of memory, or of a compiler: the other cases are worth having
+            self.left_out.append(f"{name} ({type(error).__name__})")
             return
         record = {"shape": shape, "engine": engine, **case._asdict(), "milliseconds": milliseconds}
         record |= {"bytes_read": bytes_read, "peak_memory": peak_memory(self.device)}
         record["copy_gigabytes_per_second"] = copy_speed(self.device)
         self.records.append(record)
         print(f"{name}: {milliseconds:.3f} ms", flush=True)
+        self.save()  # now, since the run may be cut off
+
+    def save(self) -> None:
+        output: Path = self.arguments.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        results = {"records": self.records, "left_out": self.left_out}
+        output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        output.with_suffix(".md").write_text(f"{table(self.records)}\n\n{footnote(self)}\n")
 
 
 # ---- the device: a CPU does to try the script ------------------------------------------------------------------------
@@ -186,7 +199,11 @@ class CompiledDecoder(Decoder):
         self._forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
     def cache(self, batch: int, depth: int) -> Any:
-        cache = StaticCache(config=self.model.config, max_cache_len=-(-(depth + _ROOM) // 64) * 64)
+        config = self.model.config
+        cache = StaticCache(config=config, max_cache_len=-(-(depth + _ROOM) // 64) * 64)
+        size = config.hidden_size // config.num_attention_heads
+        # Before it is compiled, or its addresses would not be known to be fixed.
+        cache.early_initialization(batch, config.num_key_value_heads, size, self.model.dtype, self.model.device)
         return fill(cache, self.model, batch, depth)
 
     def forward(self, ids: Tensor, cache: Any) -> Tensor:
@@ -234,15 +251,23 @@ def measure(bench: Bench, shape: str, engine: str, decoder: Decoder, chosen: lis
 @torch.no_grad()
 def measure_shape(bench: Bench, shape: str) -> None:
     chosen = list(cases(bench.arguments))
-    compiled = [case for case in chosen if case.kind == "decode" and case.batch in bench.arguments.compile_batch]
     with bench.device:
+        quantized = round_to_nearest(random_model(shape, torch.float16), QuantConfig()).model
+        measure(bench, shape, "autoq 4 bits", Decoder(quantized, own_cache=True), chosen)
+        del quantized
         model = random_model(shape, torch.float16)
     measure(bench, shape, "transformers fp16", Decoder(model, own_cache=False), chosen)
+
+
+@torch.no_grad()
+def measure_compiled(bench: Bench, shape: str) -> None:
+    batches = bench.arguments.compile_batch
+    compiled = [case for case in cases(bench.arguments) if case.kind == "decode" and case.batch in batches]
     if compiled:
+        with bench.device:
+            model = random_model(shape, torch.float16)
         measure(bench, shape, "transformers fp16, compiled", CompiledDecoder(model), compiled)
         torch.compiler.reset()
-    quantized = round_to_nearest(model, QuantConfig()).model
-    measure(bench, shape, "autoq 4 bits", Decoder(quantized, own_cache=True), chosen)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -298,16 +323,15 @@ def main() -> str | None:
     if ops.extension_missing() is not None:
         return f"autoq's native extension {ops.extension_missing()}"
     bench = Bench(arguments)
-    for shape in arguments.shape:
-        measure_shape(bench, shape)
+    # What compiles comes last: it takes longest.
+    parts = [(part, shape) for part in (measure_shape, measure_compiled) for shape in arguments.shape]
+    for done, (part, shape) in enumerate(parts):
+        bench.begin(len(parts) - done)
+        part(bench, shape)
     if not bench.records:
         return "nothing could be measured"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"records": bench.records, "left_out": bench.left_out}
-    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    text = f"{table(bench.records)}\n\n{footnote(bench)}\n"
-    print(text)
-    arguments.output.with_suffix(".md").write_text(text)
+    bench.save()
+    print(arguments.output.with_suffix(".md").read_text())
     return None
 
 

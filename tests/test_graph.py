@@ -293,7 +293,8 @@ def test_a_recording_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -
 
     plain, recorded = pair(LLAMA)
     monkeypatch.setitem(graph.RECORDERS, "cpu", fail)
-    eager(recorded, plain)
+    with pytest.warns(UserWarning, match="stream is capturing"):
+        eager(recorded, plain)
 
 
 def test_other_caches_run_eagerly() -> None:

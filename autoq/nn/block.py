@@ -319,6 +319,11 @@ class FusedForward:
         vectors = {name: tensor for name, tensor in tensors._asdict().items() if name not in packed}
         self._dtypes = {vector.dtype for vector in vectors.values() if vector.numel()}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that the operator is given."""
+        return self._tensors
+
     def _is_current(self) -> bool:
         """Whether the tensors are still those of the modules, with the values they had."""
         # An assignment to `.data` changes the address and no version.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -55,7 +56,8 @@ class CudaRecording:
         stream.wait_stream(current)
         with torch.cuda.device(device), torch.cuda.stream(stream):
             run()  # libraries set themselves up at the first call
-            stream.synchronize()
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # a recording has memory of its own, and cannot take what is kept for others
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.output = run()
@@ -205,6 +207,8 @@ class _Snapshot:
         self._modes = [linear.mode for linear in self._linears]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
         self._forwards = {block: block.__dict__.get("forward") for block in blocks}
+        fused = [forward for forward in self._forwards.values() if isinstance(forward, FusedForward)]
+        self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
         self._can_be_recorded = len({tensor.device for tensor in self._tensors}) == 1 and all(
             isinstance(forward, FusedForward) for forward in self._forwards.values()
         )
@@ -253,9 +257,10 @@ class StepGraphs:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)  # which holds this
         self._lock = threading.Lock()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops the recordings, with the caches and the weights that they hold."""
         self._slots: list[_Slot] = []
         self._masks_wanted = False  # the family's forward waits for the device where it is given no mask
         self._impossible = False
@@ -267,7 +272,7 @@ class StepGraphs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model = weakref.ref(state["model"])
         self._lock = threading.Lock()
-        self._forget()
+        self.forget()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -355,7 +360,7 @@ class StepGraphs:
         # does the step again: it writes the same places of the cache.
         assert self._snapshot is not None
         if not self._snapshot.is_current():
-            self._forget()
+            self.forget()
             return None
         for layer in layers:
             layer.advance(1)
@@ -397,8 +402,10 @@ class StepGraphs:
                     output = run()
                 if {name for name, value in output.items() if value is not None} == {"logits", "past_key_values"}:
                     return RECORDERS[slot.device.type](run, slot.device)
-        except (CannotBeRecorded, RuntimeError):
+        except CannotBeRecorded:
             pass
+        except RuntimeError as error:
+            warnings.warn(f"a decoding step could not be recorded and runs without a graph: {error}", stacklevel=2)
         # Some families make a mask of their own where none is given, of a size they ask the device for.
         self._impossible = masked
         self._masks_wanted = True
