@@ -16,6 +16,17 @@ BITS = (2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding the result to the dtype; the multiplication itself is held to the first.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
+# Output features, input features, group size: odd ones, and groups of several kinds.
+SHAPES = [
+    (1, 1, -1),
+    (5, 7, -1),
+    (16, 33, -1),
+    (17, 100, -1),
+    (31, 64, 16),
+    (48, 96, 48),
+    (33, 256, 128),
+    (20, 512, 256),
+]
 
 
 def load_extension() -> ModuleType | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import BITS, DTYPES, exact_linear, make_input, make_weight, relative_error
+from operators import BITS, DTYPES, SHAPES, exact_linear, make_input, make_weight, relative_error
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,16 +20,6 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}
 # Beyond 256 rows the weight is rounded to the dtype too.
 MANY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-SHAPES = [
-    (1, 1, -1),
-    (5, 7, -1),
-    (16, 33, -1),
-    (17, 100, -1),
-    (31, 64, 16),
-    (48, 96, 48),
-    (33, 256, 128),
-    (20, 512, 256),
-]
 
 
 def on_gpu(weight: QuantizedWeight) -> PackedWeight:

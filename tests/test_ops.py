@@ -18,6 +18,7 @@ from operators import (
     CAPABILITIES,
     DTYPES,
     EXTENSION,
+    SHAPES,
     TOLERANCE,
     exact_linear,
     make_input,
@@ -34,17 +35,6 @@ from autoq.ops import PackedWeight
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 # ---- the layout ------------------------------------------------------------------------------------------------------
-
-SHAPES = [
-    (1, 1, -1),
-    (5, 7, -1),
-    (16, 33, -1),
-    (17, 100, -1),
-    (31, 64, 16),
-    (48, 96, 48),
-    (33, 256, 128),
-    (20, 512, 256),
-]
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.nn.block import FusedForward, is_watched
+from autoq.nn.block import FusedForward, HeldTensors, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.linear import QuantLinear
 
@@ -195,31 +195,28 @@ class _Snapshot:
     def __init__(self, model: PreTrainedModel) -> None:
         self._config, self._attention = model.config, model.config._attn_implementation
         self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._visit(model)
-        self._tensors = [place[name] for place, name in self._places]
+        places: list[tuple[dict[str, Any], str]] = []
+        self._visit(model, places)
+        self._held = HeldTensors(places)
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
-        self._memory = [tensor.detach() for tensor in self._tensors]
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._versioned]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._memory = [tensor.detach() for tensor in self._held.tensors]
         self._linears = [module for _, _, module in self._modules if isinstance(module, QuantLinear)]
         self._modes = [linear.mode for linear in self._linears]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
         self._forwards = {block: block.__dict__.get("forward") for block in blocks}
         fused = [forward for forward in self._forwards.values() if isinstance(forward, FusedForward)]
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
-        self._can_be_recorded = len({tensor.device for tensor in self._tensors}) == 1 and all(
+        self._can_be_recorded = len({tensor.device for tensor in self._held.tensors}) == 1 and all(
             isinstance(forward, FusedForward) for forward in self._forwards.values()
         )
 
-    def _visit(self, module: nn.Module) -> None:
+    def _visit(self, module: nn.Module, places: list[tuple[dict[str, Any], str]]) -> None:
         for leaf, child in module._modules.items():
             if child is not None:
                 self._modules.append((module._modules, leaf, child))
-                self._visit(child)
+                self._visit(child, places)
         for tensors in (module._parameters, module._buffers):
-            self._places += [(tensors, name) for name, tensor in tensors.items() if tensor is not None]
+            places += [(tensors, name) for name in tensors]
 
     def is_current(self) -> bool:
         if not self._can_be_recorded or nn.modules.module._has_any_global_hook():
@@ -231,12 +228,8 @@ class _Snapshot:
                 return False
             if "forward" in module.__dict__ and module.forward is not self._forwards.get(module):
                 return False
-        for (place, name), tensor in zip(self._places, self._tensors, strict=True):
-            if place.get(name) is not tensor:
-                return False
         return (
-            [tensor._version for tensor in self._versioned] == self._versions
-            and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
+            self._held.are_current()
             and [linear.mode for linear in self._linears] == self._modes
             and self._config._attn_implementation == self._attention
         )

@@ -411,11 +411,7 @@ AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel,
 }
 
 void multiply_panel(const ActivationTiles& rows, const Panel& panel) {
-    for (int64_t row_block = 0; row_block < panel.row_blocks; ++row_block) {
-        int64_t row = 0;
-        for (; row + 4 <= rows.rows; row += 4) multiply_rows<4>(rows, panel, row, row_block);
-        for (; row < rows.rows; ++row) multiply_rows<1>(rows, panel, row, row_block);
-    }
+    multiply_four_rows_at_a_time(multiply_rows<4>, multiply_rows<1>, rows, panel);
 }
 
 AUTOQ_TARGET void store_panel(const ActivationTiles& rows, const Panel& panel, const OutputRows& output) {
@@ -493,8 +489,8 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels avx2_kernels = {8,          no_digit_tiles, prepare, multiply, element, prepare_tiles, multiply_tiles,
-                              dequantize, &avx2_block};
+const Kernels avx2_kernels = {kFewRows,      no_digit_tiles, prepare,    multiply,   element,
+                              prepare_tiles, multiply_tiles, dequantize, &avx2_block};
 
 }  // namespace autoq::cpu
 

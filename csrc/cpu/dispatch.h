@@ -199,6 +199,17 @@ void dequantize_blocks(DequantizeRows dequantize_rows, const PackedWeight& weigh
     }
 }
 
+// `four` and `one` multiply so many rows, `(rows, panel, row, row_block)`.
+template <class MultiplyRows>
+void multiply_four_rows_at_a_time(MultiplyRows four, MultiplyRows one, const ActivationTiles& rows,
+                                  const Panel& panel) {
+    for (int64_t row_block = 0; row_block < panel.row_blocks; ++row_block) {
+        int64_t row = 0;
+        for (; row + 4 <= rows.rows; row += 4) four(rows, panel, row, row_block);
+        for (; row < rows.rows; ++row) one(rows, panel, row, row_block);
+    }
+}
+
 // What an instruction set brings to the multiplication of many rows.
 struct PanelKernels {
     void (*unpack)(const ActivationTiles& rows, const Panel& panel);    // fills the panel's tiles and outputs

@@ -16,6 +16,9 @@
 
 namespace autoq::cpu {
 
+// Up to so many rows are few where no matrix units multiply them.
+constexpr int64_t kFewRows = 8;
+
 inline int64_t no_digit_tiles(int64_t, int) { return 0; }
 
 struct Kernels {

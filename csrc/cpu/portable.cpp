@@ -247,7 +247,7 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels portable_kernels = {8,          no_digit_tiles, prepare, multiply, element, prepare_tiles, multiply_tiles,
-                                  dequantize, &portable_block};
+const Kernels portable_kernels = {kFewRows,      no_digit_tiles, prepare,    multiply,       element,
+                                  prepare_tiles, multiply_tiles, dequantize, &portable_block};
 
 }  // namespace autoq::cpu
