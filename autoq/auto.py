@@ -20,7 +20,7 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
-from autoq.nn.graph import StepGraphs, record_steps
+from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.nn.spread import connect, disconnect, is_offloaded
 from autoq.ops import MODES
 from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
@@ -134,7 +134,7 @@ class AutoQForCausalLM(nn.Module):
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
         fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; on a GPU
-            whole decoding steps are CUDA graphs. False runs transformers' own.
+            whole decoding steps are recorded, as CUDA graphs on a GPU. False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
             fused: half the memory of a long context, and less to read. None keeps them in the model's dtype.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are
@@ -249,7 +249,7 @@ class AutoQForCausalLM(nn.Module):
                 "device_map and the torch_dtype it should have"
             )
         super()._apply(fn, recurse)
-        if isinstance(forward := self.model.__dict__.get("forward"), StepGraphs):
+        if isinstance(forward := self.model.__dict__.get("forward"), RecordedSteps):
             forward.forget()  # what they hold would stay where the model was
         if getattr(self.model, "hf_device_map", None) is not None:
             self.model.hf_device_map = present_device_map(self.model)

@@ -1,8 +1,11 @@
-"""The operator that runs one decoder block of any family: its schema, its reference in plain torch and its fake.
+"""The operator that runs decoder blocks of any family: its schema, its reference in plain torch and its fake.
 
 A block is what csrc/block.cpp says: norm, q/k/v in one projection, attention over a cache, output projection, norm, MLP
 and residuals. What families differ in is given as numbers, so that one operator serves them all; `BlockSettings` names
 them. The tensors come as one list, in the order of `BlockTensors`; one that is absent is an empty tensor.
+
+Blocks that follow each other and share all else run in one call: each has its keys, its values and, where the cache is
+of 8 bits, their scales; tensors, settings and constants are those of all of them, one block after the other.
 
 `past` is how many positions the caches hold. Where a step is recorded once and run again for every token, as CUDA
 graphs are, that number has to come from the device: `length`, one int64, is then what counts, and `past` the most it
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,8 +123,8 @@ _FORBIDDEN = -1e30  # added to the score of a position that a boolean mask leave
 
 _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define(
-    "decoder_block(Tensor hidden, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scales, "
-    "Tensor(d!)? value_scales, int past, Tensor? cosines, Tensor? sines, Tensor? mask, Tensor? bias, "
+    "decoder_blocks(Tensor hidden, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] key_scales, "
+    "Tensor(d!)[] value_scales, int past, Tensor? cosines, Tensor? sines, Tensor? mask, Tensor? bias, "
     "Tensor[] tensors, int[] settings, float[] constants, Tensor? length=None) -> Tensor"
 )
 
@@ -206,11 +209,28 @@ def _read_cache(cache: Tensor, scales: Tensor | None, seen: int) -> Tensor:
     return wide if scales is None else wide * scales[:, :, :seen, None]
 
 
-def _attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
-    cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None, tensors: BlockTensors,
-    settings: BlockSettings,
-) -> Tensor:  # fmt: skip
+class _Cache(NamedTuple):
+    """Of a block."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+    past: int
+
+
+class _Terms(NamedTuple):
+    """What is known of the positions."""
+
+    cosines: Tensor | None
+    sines: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+
+
+def _attend(qkv: Tensor, cache: _Cache, terms: _Terms, tensors: BlockTensors, settings: BlockSettings) -> Tensor:
+    keys, values, key_scales, value_scales, past = cache
+    cosines, sines, mask, bias = terms
     layout = settings.heads
     batch, tokens, _ = qkv.shape
     seen = past + tokens
@@ -257,10 +277,9 @@ def _mlp(x: Tensor, tensors: BlockTensors, settings: BlockSettings) -> Tensor:
 
 
 def _reference(
-    hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
-    cosines: Tensor | None, sines: Tensor | None,
-    mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
-    length: Tensor | None = None,
+    hidden: Tensor, keys: list[Tensor], values: list[Tensor], key_scales: list[Tensor], value_scales: list[Tensor],
+    past: int, cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+    tensors: list[Tensor], settings: list[int], constants: list[float], length: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if length is not None:
         held = int(length)
@@ -270,18 +289,39 @@ def _reference(
             )
         past, positions = held, held + hidden.shape[1]
         mask, bias = (term if term is None else term[..., :positions] for term in (mask, bias))
-    parts, chosen = BlockTensors(*tensors), BlockSettings.of(settings, constants)
+    parts, chosen = _of_each(tensors, settings, constants, len(keys))
+    for i in range(len(keys)):
+        key_scale, value_scale = (scales[i] if scales else None for scales in (key_scales, value_scales))
+        cache = _Cache(keys[i], values[i], key_scale, value_scale, past)
+        hidden = _run_block(hidden, cache, _Terms(cosines, sines, mask, bias), parts[i], chosen[i])
+    return hidden
 
+
+def _of_each(
+    tensors: list[Tensor], settings: list[int], constants: list[float], blocks: int
+) -> tuple[list[BlockTensors], list[BlockSettings]]:
+    """The tensors and the settings of each of so many blocks."""
+    parts = [BlockTensors(*of_block) for of_block in _cut(tensors, blocks)]
+    pairs = zip(_cut(settings, blocks), _cut(constants, blocks), strict=True)
+    return parts, [BlockSettings.of(*pair) for pair in pairs]
+
+
+def _cut(values: list[Any], parts: int) -> list[list[Any]]:
+    size = len(values) // max(parts, 1)
+    return [values[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _run_block(hidden: Tensor, cache: _Cache, terms: _Terms, parts: BlockTensors, chosen: BlockSettings) -> Tensor:
     def norm(x: Tensor, name: str, epsilon: float) -> Tensor:
         return _norm(x, getattr(parts, name), getattr(parts, f"{name}_bias"), chosen.norm, epsilon)
 
     def attention(x: Tensor) -> Tensor:
         qkv = _project(x, parts, chosen, "qkv", chosen.bits[0], chosen.heads.row_size)
-        mixed = _attend(qkv, keys, values, key_scales, value_scales, past, cosines, sines, mask, bias, parts, chosen)
+        mixed = _attend(qkv, cache, terms, parts, chosen)
         return _project(mixed, parts, chosen, "output", chosen.bits[1], hidden.shape[-1])
 
-    def total(*terms: Tensor) -> Tensor:
-        return torch.stack([term.float() for term in terms]).sum(0).to(hidden.dtype)
+    def total(*summands: Tensor) -> Tensor:
+        return torch.stack([summand.float() for summand in summands]).sum(0).to(hidden.dtype)
 
     first, second, _ = chosen.epsilons
     if chosen.arrangement == Arrangement.POST_NORM:
@@ -299,16 +339,15 @@ def _reference(
 
 
 def _fake(
-    hidden: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None, past: int,
-    cosines: Tensor | None, sines: Tensor | None,
-    mask: Tensor | None, bias: Tensor | None, tensors: list[Tensor], settings: list[int], constants: list[float],
-    length: Tensor | None = None,
+    hidden: Tensor, keys: list[Tensor], values: list[Tensor], key_scales: list[Tensor], value_scales: list[Tensor],
+    past: int, cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+    tensors: list[Tensor], settings: list[int], constants: list[float], length: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-_library.impl("decoder_block", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("autoq::decoder_block", _fake, lib=_library)
+_library.impl("decoder_blocks", _reference, "CompositeExplicitAutograd")
+torch.library.register_fake("autoq::decoder_blocks", _fake, lib=_library)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -316,8 +355,13 @@ def runs_on(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     key = {"cuda": "CUDA"}.get(device.type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("autoq::decoder_block", key)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("autoq::decoder_blocks", key)
 
 
-reference_decoder_block = _reference
-decoder_block = torch.ops.autoq.decoder_block.default
+reference_decoder_blocks = _reference
+decoder_blocks = torch.ops.autoq.decoder_blocks.default
+
+# The places of the arguments that blocks of a call have in common; the others are lists, of one block after another.
+SHARED_ARGUMENTS = tuple(
+    i for i, argument in enumerate(decoder_blocks._schema.arguments) if not isinstance(argument.type, torch.ListType)
+)

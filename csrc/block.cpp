@@ -1,4 +1,4 @@
-// One decoder block of any family in one call, on any device: norm, q/k/v, attention over the cache, output projection,
+// Decoder blocks of any family in one call, on any device: norm, q/k/v, attention over the cache, output projection,
 // norm, MLP, residuals. What the families differ in are the settings; their meaning, their order and the reference in
 // plain torch are in autoq/block_ops.py. The steps are the device's (block_device.h).
 #include <torch/csrc/stable/library.h>
@@ -55,9 +55,9 @@ enum Constant { kEpsilon1, kEpsilon2, kHeadEpsilon, kScale, kClip, kConstants };
 
 struct Block {
     const BlockDevice& device;
-    const std::vector<Tensor>& tensors;
-    const std::vector<int64_t>& settings;
-    const std::vector<double>& constants;
+    const Tensor* tensors;
+    const int64_t* settings;
+    const double* constants;
     Float dtype;
 
     bool has(int place) const { return tensors[place].numel() > 0; }
@@ -84,6 +84,15 @@ struct Block {
     }
 };
 
+// The caches of a block, and what all blocks are given.
+struct Context {
+    const Tensor& keys;
+    const Tensor& values;
+    const std::optional<Tensor> key_scales;
+    const std::optional<Tensor> value_scales;
+    const BlocksArguments& given;
+};
+
 // ---- steps -------------------------------------------------------------------------------------------------------
 
 Tensor apply_norm(const Block& block, const Tensor& input, int place, Constant epsilon) {
@@ -94,7 +103,7 @@ Tensor apply_norm(const Block& block, const Tensor& input, int place, Constant e
 
 void check_part(const Tensor& whole, const Tensor& part) {
     STD_TORCH_CHECK(part.scalar_type() == whole.scalar_type() && part.numel() == whole.numel(),
-                    "autoq::decoder_block: a part of the block changed the dtype; leave autocast out");
+                    "autoq::decoder_blocks: a part of the block changed the dtype; leave autocast out");
 }
 
 // The sum, in the memory of `last`.
@@ -129,13 +138,13 @@ ScoreTerm score_term(const BlockDevice& device, const std::optional<Tensor>& ten
                      std::array<int64_t, 4> wanted, bool inverted) {
     if (!tensor) return {nullptr, false, 0, Float::kFloat32, 0, 0, 0, 0};
     const bool is_boolean = tensor->scalar_type() == ScalarType::Bool;
-    STD_TORCH_CHECK(is_boolean || is_supported_float(tensor->scalar_type()), "autoq::decoder_block: ", name,
+    STD_TORCH_CHECK(is_boolean || is_supported_float(tensor->scalar_type()), "autoq::decoder_blocks: ", name,
                     " must be bool, float32, bfloat16 or float16; convert it");
-    STD_TORCH_CHECK(tensor->dim() == 4 && device.holds(*tensor), "autoq::decoder_block: ", name,
+    STD_TORCH_CHECK(tensor->dim() == 4 && device.holds(*tensor), "autoq::decoder_blocks: ", name,
                     " must be a tensor of four dimensions on ", device.name(), ": batch, heads, tokens, positions");
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) {
-        STD_TORCH_CHECK(tensor->size(d) == wanted[d] || tensor->size(d) == 1, "autoq::decoder_block: dimension ", d,
+        STD_TORCH_CHECK(tensor->size(d) == wanted[d] || tensor->size(d) == 1, "autoq::decoder_blocks: dimension ", d,
                         " of ", name, " is ", tensor->size(d), " but must be 1 or ", wanted[d]);
         strides[d] = tensor->size(d) == 1 ? 0 : tensor->stride(d);
     }
@@ -192,7 +201,8 @@ Tensor scaled_dot_product_attention(const Tensor& queries, const Tensor& keys, c
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-AttentionInput attention_input(const Block& block, const Tensor& qkv, const BlockArguments& given) {
+AttentionInput attention_input(const Block& block, const Tensor& qkv, const Context& context) {
+    const BlocksArguments& given = context.given;
     const int64_t batch = qkv.size(0), tokens = qkv.size(1);
     AttentionInput input{};
     input.layout = block.heads();
@@ -215,8 +225,8 @@ AttentionInput attention_input(const Block& block, const Tensor& qkv, const Bloc
         input.rotary.batch_stride = cosines.size(0) == 1 ? 0 : cosines.stride(0);
         input.rotary.token_stride = cosines.stride(1);
     }
-    input.keys = cache_view(given.keys, given.key_scales);
-    input.values = cache_view(given.values, given.value_scales);
+    input.keys = cache_view(context.keys, context.key_scales);
+    input.values = cache_view(context.values, context.value_scales);
     input.scale = block.constant(kScale);
     const std::array<int64_t, 4> shape{batch, input.layout.heads, tokens, given.past + tokens};
     input.mask = score_term(block.device, given.mask, "mask", shape, block.setting(kInvertedMask) != 0);
@@ -225,14 +235,14 @@ AttentionInput attention_input(const Block& block, const Tensor& qkv, const Bloc
 }
 
 // Torch's attention, for many tokens: it multiplies with matrix units. `torch_knows` as in BlockDevice::attends.
-Tensor attend_with_torch(const Block& block, const Tensor& qkv, const BlockArguments& given, AttentionInput& input,
+Tensor attend_with_torch(const Block& block, const Tensor& qkv, const Context& context, AttentionInput& input,
                          bool torch_knows) {
     const HeadLayout& layout = input.layout;
     const int64_t positions = input.past + input.tokens, shared = layout.heads / layout.kv_heads;
     const Tensor queries = block.device.rotate(input, qkv);
-    Tensor keys = dense_cache(block.device, given.keys, input.keys, qkv, positions);
-    Tensor values = dense_cache(block.device, given.values, input.values, qkv, positions);
-    std::optional<Tensor> terms = given.mask;
+    Tensor keys = dense_cache(block.device, context.keys, input.keys, qkv, positions);
+    Tensor values = dense_cache(block.device, context.values, input.values, qkv, positions);
+    std::optional<Tensor> terms = context.given.mask;
     if (!torch_knows) terms = block.device.score_terms(input, qkv);
     if (terms && terms->scalar_type() != ScalarType::Bool) terms = torch::stable::to(*terms, qkv.scalar_type());
     if (terms && terms->size(3) > positions) terms = torch::stable::narrow(*terms, 3, 0, positions);
@@ -248,11 +258,11 @@ Tensor attend_with_torch(const Block& block, const Tensor& qkv, const BlockArgum
                                   {input.batch, input.tokens, layout.heads * layout.head_dim});
 }
 
-Tensor attention(const Block& block, const Tensor& qkv, const BlockArguments& given) {
-    AttentionInput input = attention_input(block, qkv, given);
-    const bool torch_knows_mask = given.mask ? !block.setting(kInvertedMask) : input.past == 0;
-    const bool torch_knows = torch_knows_mask && !given.bias;
-    if (!block.device.attends(input, torch_knows)) return attend_with_torch(block, qkv, given, input, torch_knows);
+Tensor attention(const Block& block, const Tensor& qkv, const Context& context) {
+    AttentionInput input = attention_input(block, qkv, context);
+    const bool torch_knows_mask = context.given.mask ? !block.setting(kInvertedMask) : input.past == 0;
+    const bool torch_knows = torch_knows_mask && !context.given.bias;
+    if (!block.device.attends(input, torch_knows)) return attend_with_torch(block, qkv, context, input, torch_knows);
     const Tensor output =
         torch::stable::new_empty(qkv, {input.batch, input.tokens, input.layout.heads * input.layout.head_dim});
     block.device.attend(input, output);
@@ -265,36 +275,36 @@ void check_cache(const Block& block, const Tensor& cache, const std::optional<Te
                  const Tensor& hidden, int64_t past) {
     const HeadLayout layout = block.heads();
     const ScalarType wanted = scales ? ScalarType::Char : hidden.scalar_type();
-    STD_TORCH_CHECK(block.device.holds(cache) && cache.scalar_type() == wanted, "autoq::decoder_block: ", name,
+    STD_TORCH_CHECK(block.device.holds(cache) && cache.scalar_type() == wanted, "autoq::decoder_blocks: ", name,
                     " must be on ", block.device.name(),
                     " and have the dtype of the hidden states, or be int8 with scales");
     STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == hidden.size(0) && cache.size(1) == layout.kv_heads &&
                         cache.size(3) == layout.head_dim && cache.is_contiguous(),
-                    "autoq::decoder_block: ", name, " must be contiguous and have the shape [", hidden.size(0), ", ",
+                    "autoq::decoder_blocks: ", name, " must be contiguous and have the shape [", hidden.size(0), ", ",
                     layout.kv_heads, ", capacity, ", layout.head_dim, "]");
-    STD_TORCH_CHECK(past >= 0 && past + hidden.size(1) <= cache.size(2), "autoq::decoder_block: ", name,
+    STD_TORCH_CHECK(past >= 0 && past + hidden.size(1) <= cache.size(2), "autoq::decoder_blocks: ", name,
                     " has room for ", cache.size(2), " positions, but ", past, " are taken and ", hidden.size(1),
                     " come; make the cache larger");
     if (!scales) return;
     STD_TORCH_CHECK(block.device.holds(*scales) && scales->scalar_type() == ScalarType::Float && scales->dim() == 3 &&
                         scales->size(0) == cache.size(0) && scales->size(1) == cache.size(1) &&
                         scales->size(2) == cache.size(2) && scales->is_contiguous(),
-                    "autoq::decoder_block: the scales of the ", name,
+                    "autoq::decoder_blocks: the scales of the ", name,
                     " must be contiguous float32 [batch, heads, capacity] on ", block.device.name());
 }
 
 void check_rotary(const std::optional<Tensor>& table, const Block& block, const Tensor& hidden) {
     const bool wanted = block.setting(kRotaryKind) != 0;
     STD_TORCH_CHECK(table.has_value() == wanted,
-                    "autoq::decoder_block: cosines and sines must be given where positions are rotary, only there");
+                    "autoq::decoder_blocks: cosines and sines must be given where positions are rotary, only there");
     if (!table) return;
     STD_TORCH_CHECK(block.device.holds(*table) && table->scalar_type() == hidden.scalar_type() && table->dim() == 3 &&
                         (table->size(0) == 1 || table->size(0) == hidden.size(0)) && table->size(1) == hidden.size(1) &&
                         table->is_contiguous(),
-                    "autoq::decoder_block: cosines and sines must be contiguous [1 or batch, tokens, angles] on ",
+                    "autoq::decoder_blocks: cosines and sines must be contiguous [1 or batch, tokens, angles] on ",
                     block.device.name(), " in the dtype of the hidden states");
     const int64_t turned = table->size(2) * (block.setting(kRotaryKind) == 2 ? 2 : 1);
-    STD_TORCH_CHECK(turned <= block.setting(kHeadDim), "autoq::decoder_block: cosines turn ", turned,
+    STD_TORCH_CHECK(turned <= block.setting(kHeadDim), "autoq::decoder_blocks: cosines turn ", turned,
                     " columns of a head of ", block.setting(kHeadDim));
 }
 
@@ -312,25 +322,26 @@ void check_vectors(const Block& block, const Tensor& hidden) {
         const Tensor& vector = block.tensors[place];
         STD_TORCH_CHECK(block.device.holds(vector) && vector.scalar_type() == hidden.scalar_type() &&
                             vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous(),
-                        "autoq::decoder_block: tensor ", place, " must be a contiguous vector of ", size, " values on ",
-                        block.device.name(), " in the dtype of the hidden states");
+                        "autoq::decoder_blocks: tensor ", place, " must be a contiguous vector of ", size,
+                        " values on ", block.device.name(), " in the dtype of the hidden states");
     }
 }
 
 void check_settings(const Block& block) {
     // Small enough that no product of them overflows.
-    for (const int64_t setting : block.settings) {
-        STD_TORCH_CHECK(setting >= 0 && setting < (int64_t{1} << 28), "autoq::decoder_block: the setting ", setting,
+    for (int i = 0; i < kSettings; ++i) {
+        const int64_t setting = block.settings[i];
+        STD_TORCH_CHECK(setting >= 0 && setting < (int64_t{1} << 28), "autoq::decoder_blocks: the setting ", setting,
                         " is out of its range");
     }
     const HeadLayout layout = block.heads();
     const int64_t head = layout.head_dim;
     STD_TORCH_CHECK(layout.heads > 0 && layout.kv_heads > 0 && layout.heads % layout.kv_heads == 0 && head > 0 &&
                         head <= kMaxHeadDim && layout.queries_per_group > 0,
-                    "autoq::decoder_block: ", layout.heads, " heads, ", layout.kv_heads,
+                    "autoq::decoder_blocks: ", layout.heads, " heads, ", layout.kv_heads,
                     " key heads and a head size of ", head, " do not go together");
     const auto check_start = [&](int64_t start) {
-        STD_TORCH_CHECK(start + head <= layout.row_size(), "autoq::decoder_block: the head layout leaves the row of ",
+        STD_TORCH_CHECK(start + head <= layout.row_size(), "autoq::decoder_blocks: the head layout leaves the row of ",
                         layout.row_size(), " values");
     };
     for (int64_t h = 0; h < layout.heads; ++h) check_start(layout.query(h));
@@ -341,50 +352,46 @@ void check_settings(const Block& block) {
     STD_TORCH_CHECK(block.setting(kArrangement) <= 3 && block.setting(kNormKind) <= 1 &&
                         block.setting(kActivation) <= 4 && block.setting(kRotaryKind) <= 2 &&
                         block.setting(kIntermediate) > 0,
-                    "autoq::decoder_block: a setting is out of its range");
+                    "autoq::decoder_blocks: a setting is out of its range");
 }
 
 void check_length(const BlockDevice& device, const std::optional<Tensor>& length) {
     if (!length) return;
     STD_TORCH_CHECK(device.holds(*length) && length->scalar_type() == ScalarType::Long && length->numel() == 1,
-                    "autoq::decoder_block: the length must be one int64 on ", device.name());
+                    "autoq::decoder_blocks: the length must be one int64 on ", device.name());
 }
 
-void check(const Block& block, const BlockArguments& given, const Tensor& hidden) {
+void check(const Block& block, const Context& context, const Tensor& hidden) {
+    const BlocksArguments& given = context.given;
     check_settings(block);
-    STD_TORCH_CHECK(given.key_scales.has_value() == given.value_scales.has_value(),
-                    "autoq::decoder_block: keys and values must both have scales, or neither");
-    check_cache(block, given.keys, given.key_scales, "keys", hidden, given.past);
-    check_cache(block, given.values, given.value_scales, "values", hidden, given.past);
+    check_cache(block, context.keys, context.key_scales, "keys", hidden, given.past);
+    check_cache(block, context.values, context.value_scales, "values", hidden, given.past);
     check_rotary(given.cosines, block, hidden);
     check_rotary(given.sines, block, hidden);
     STD_TORCH_CHECK(!given.cosines || (given.cosines->size(0) == given.sines->size(0) &&
                                        given.cosines->size(2) == given.sines->size(2)),
-                    "autoq::decoder_block: cosines and sines must have the same shape");
+                    "autoq::decoder_blocks: cosines and sines must have the same shape");
     check_vectors(block, hidden);
     check_length(block.device, given.length);
 }
 
-}  // namespace
+void check_counts(const BlocksArguments& given, size_t blocks) {
+    STD_TORCH_CHECK(given.tensors.size() == blocks * kPlaces && given.settings.size() == blocks * kSettings &&
+                        given.constants.size() == blocks * kConstants,
+                    "autoq::decoder_blocks: ", kPlaces, " tensors, ", kSettings, " settings and ", kConstants,
+                    " constants are needed of each of ", blocks, " blocks");
+    const auto all_or_none = [&](size_t count) { return count == 0 || count == blocks; };
+    STD_TORCH_CHECK(given.values.size() == blocks && given.key_scales.size() == given.value_scales.size() &&
+                        all_or_none(given.key_scales.size()),
+                    "autoq::decoder_blocks: each of ", blocks,
+                    " blocks needs keys and values, and both must have scales, or neither");
+}
 
-Tensor decoder_block(const BlockDevice& device, const BlockArguments& given) {
-    STD_TORCH_CHECK(
-        given.hidden.dim() == 3 && device.holds(given.hidden) && is_supported_float(given.hidden.scalar_type()),
-        "autoq::decoder_block: hidden states must be float32, bfloat16 or float16 [batch, tokens, features] on ",
-        device.name());
-    STD_TORCH_CHECK(
-        given.tensors.size() == kPlaces && given.settings.size() == kSettings && given.constants.size() == kConstants,
-        "autoq::decoder_block: ", kPlaces, " tensors, ", kSettings, " settings and ", kConstants,
-        " constants are needed");
-    const Tensor hidden = make_contiguous(given.hidden);
-    const Block block{device, given.tensors, given.settings, given.constants, float_of(hidden.scalar_type())};
-    check(block, given, hidden);
-    if (hidden.numel() == 0) return torch::stable::empty_like(hidden);
-
+Tensor run_block(const Block& block, const Context& context, const Tensor& hidden) {
     const auto arrangement = static_cast<Arrangement>(block.setting(kArrangement));
     const auto attend = [&](const Tensor& input) {
         const Tensor qkv = block.project(input, kQkv, kQkvBits, block.heads().row_size());
-        return block.project(attention(block, qkv, given), kOutput, kOutputBits, hidden.size(2));
+        return block.project(attention(block, qkv, context), kOutput, kOutputBits, hidden.size(2));
     };
     if (arrangement == Arrangement::kPostNorm) {
         const Tensor first = add_and_norm(block, hidden, attend(hidden), kNorm1, kEpsilon1).second;
@@ -399,6 +406,30 @@ Tensor decoder_block(const BlockDevice& device, const BlockArguments& given) {
     const bool normed_residual = arrangement == Arrangement::kNormedResidual;
     const auto [middle, input] = add_and_norm(block, normed_residual ? normed : hidden, attended, kNorm2, kEpsilon2);
     return add(block, normed_residual ? input : middle, nullptr, multilayer_perceptron(block, input));
+}
+
+}  // namespace
+
+Tensor decoder_blocks(const BlockDevice& device, const BlocksArguments& given) {
+    STD_TORCH_CHECK(
+        given.hidden.dim() == 3 && device.holds(given.hidden) && is_supported_float(given.hidden.scalar_type()),
+        "autoq::decoder_blocks: hidden states must be float32, bfloat16 or float16 [batch, tokens, features] on ",
+        device.name());
+    const size_t blocks = given.keys.size();
+    check_counts(given, blocks);
+    Tensor hidden = make_contiguous(given.hidden);
+    for (size_t i = 0; i < blocks; ++i) {
+        const Block block{device, &given.tensors[i * kPlaces], &given.settings[i * kSettings],
+                          &given.constants[i * kConstants], float_of(hidden.scalar_type())};
+        const auto scales = [&](const std::vector<Tensor>& all) {
+            return all.empty() ? std::nullopt : std::optional<Tensor>(all[i]);
+        };
+        const Context context{given.keys[i], given.values[i], scales(given.key_scales), scales(given.value_scales),
+                              given};
+        check(block, context, hidden);
+        hidden = hidden.numel() == 0 ? torch::stable::empty_like(hidden) : run_block(block, context, hidden);
+    }
+    return hidden;
 }
 
 }  // namespace autoq

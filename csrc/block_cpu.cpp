@@ -1,4 +1,4 @@
-// The steps of the operator `decoder_block` on the CPU: the kernels in use, spread over the threads.
+// The steps of the operator `decoder_blocks` on the CPU: the kernels in use, spread over the threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,6 +7,7 @@
 #include "block_device.h"
 #include "cpu/kernels.h"
 #include "ops.h"
+#include "team.h"
 
 namespace autoq {
 namespace {
@@ -27,8 +28,8 @@ Tensor rotate_all(AttentionInput& input, const Tensor& like) {
     Tensor queries = torch::stable::new_empty(
         like, {input.batch, input.tokens, input.layout.heads, input.padded_head_dim()}, ScalarType::Float);
     input.queries = static_cast<float*>(queries.data_ptr());
-    torch::stable::parallel_for(0, input.batch * input.tokens, rows_per_thread(input.layout.row_size()),
-                                [&](int64_t begin, int64_t end) { block_kernels().rotate(input, begin, end); });
+    parallel_for(0, input.batch * input.tokens, rows_per_thread(input.layout.row_size()),
+                 [&](int64_t begin, int64_t end) { block_kernels().rotate(input, begin, end); });
     return queries;
 }
 
@@ -46,7 +47,7 @@ void attend_directly(const AttentionInput& input) {
     const int64_t chunks = (shared + heads_per_item - 1) / heads_per_item;
     const int64_t spans = (input.tokens + tokens_per_item - 1) / tokens_per_item;
     const int64_t items = input.batch * input.layout.kv_heads * chunks * spans;
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
             const int64_t span = item % spans, chunk = item / spans % chunks;
             const int64_t group = item / spans / chunks % input.layout.kv_heads;
@@ -73,14 +74,14 @@ class CpuDevice : public BlockDevice {
     void norm(const Norm& norm, const Tensor& input, const Tensor& output) const override {
         const int64_t columns = input.size(input.dim() - 1), rows = input.numel() / columns;
         const Float dtype = float_of(input.scalar_type());
-        torch::stable::parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
+        parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
             block_kernels().norm(norm, input.data_ptr(), output.data_ptr(), dtype, columns, begin, end);
         });
     }
 
     void add(const Tensor& first, const Tensor* second, const Tensor& last) const override {
         const Float dtype = float_of(last.scalar_type());
-        torch::stable::parallel_for(0, last.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+        parallel_for(0, last.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
             block_kernels().add(first.data_ptr(), last.data_ptr(), second ? second->data_ptr() : nullptr,
                                 last.data_ptr(), dtype, begin, end);
         });
@@ -90,7 +91,7 @@ class CpuDevice : public BlockDevice {
                   const Tensor& output) const override {
         const int64_t columns = output.size(output.dim() - 1), rows = output.numel() / columns;
         const Float dtype = float_of(input.scalar_type());
-        torch::stable::parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
+        parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
             block_kernels().activate(kind, gated, input.data_ptr(), scales, output.data_ptr(), dtype, columns, begin,
                                      end);
         });
@@ -99,7 +100,7 @@ class CpuDevice : public BlockDevice {
     int64_t held(const std::optional<Tensor>& length, int64_t past) const override {
         if (!length) return past;
         const int64_t found = *static_cast<const int64_t*>(length->data_ptr());
-        STD_TORCH_CHECK(found >= 0 && found <= past, "autoq::decoder_block: the length is ", found,
+        STD_TORCH_CHECK(found >= 0 && found <= past, "autoq::decoder_blocks: the length is ", found,
                         " but must be between 0 and ", past, ", the past it stands for at most");
         return found;
     }
@@ -121,7 +122,7 @@ class CpuDevice : public BlockDevice {
 
     void widen(const CacheView& cache, int64_t positions, const Tensor& dense) const override {
         const Float dtype = float_of(dense.scalar_type());
-        torch::stable::parallel_for(0, dense.size(0) * dense.size(1), 1, [&](int64_t begin, int64_t end) {
+        parallel_for(0, dense.size(0) * dense.size(1), 1, [&](int64_t begin, int64_t end) {
             for (int64_t head = begin; head < end; ++head) {
                 block_kernels().widen(cache, dense.data_ptr(), dtype, dense.size(3), head * cache.capacity,
                                       head * cache.capacity + positions);
@@ -130,23 +131,28 @@ class CpuDevice : public BlockDevice {
     }
 
     Tensor score_terms(const AttentionInput&, const Tensor& like) const override {
-        STD_TORCH_CHECK(false, "autoq::decoder_block: the CPU's own attention adds its terms itself");
+        STD_TORCH_CHECK(false, "autoq::decoder_blocks: the CPU's own attention adds its terms itself");
         return like;
     }
 };
 
-Tensor decoder_block_cpu(const Tensor& hidden, const Tensor& keys, const Tensor& values,
-                         const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
-                         int64_t past, const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
-                         const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
-                         const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
-                         const std::vector<double>& constants, const std::optional<Tensor>& length) {
-    return decoder_block(CpuDevice(), {hidden, keys, values, key_scales, value_scales, past, cosines, sines, mask, bias,
-                                       tensors, settings, constants, length});
+Tensor decoder_blocks_cpu(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                          const std::vector<Tensor>& key_scales, const std::vector<Tensor>& value_scales, int64_t past,
+                          const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
+                          const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                          const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+                          const std::vector<double>& constants, const std::optional<Tensor>& length) {
+    const BlocksArguments given{hidden, keys, values, key_scales, value_scales, past,      cosines,
+                                sines,  mask, bias,   tensors,    settings,     constants, length};
+    // Where torch attends, its operators need the threads for themselves.
+    if (hidden.dim() != 3 || hidden.size(1) >= kManyTokens) return decoder_blocks(CpuDevice(), given);
+    std::optional<Tensor> output;
+    Team::lead([&] { output = decoder_blocks(CpuDevice(), given); });
+    return *output;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) { m.impl("decoder_block", TORCH_BOX(&decoder_block_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) { m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks_cpu)); }
 
 }  // namespace autoq

@@ -1,4 +1,4 @@
-// What the operator `decoder_block` (block.cpp) asks of a device: the steps between its checks and its tensors.
+// What the operator `decoder_blocks` (block.cpp) asks of a device: the steps between its checks and its tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -58,13 +58,13 @@ class BlockDevice {
     virtual Tensor score_terms(const AttentionInput& input, const Tensor& like) const = 0;
 };
 
-// The operator; its arguments are drawn in autoq/block_ops.py.
-struct BlockArguments {
+// The operator; its arguments are described in autoq/block_ops.py.
+struct BlocksArguments {
     const Tensor& hidden;
-    const Tensor& keys;
-    const Tensor& values;
-    const std::optional<Tensor>& key_scales;
-    const std::optional<Tensor>& value_scales;
+    const std::vector<Tensor>& keys;
+    const std::vector<Tensor>& values;
+    const std::vector<Tensor>& key_scales;
+    const std::vector<Tensor>& value_scales;
     int64_t past;
     const std::optional<Tensor>& cosines;
     const std::optional<Tensor>& sines;
@@ -76,6 +76,6 @@ struct BlockArguments {
     const std::optional<Tensor>& length;
 };
 
-Tensor decoder_block(const BlockDevice& device, const BlockArguments& arguments);
+Tensor decoder_blocks(const BlockDevice& device, const BlocksArguments& arguments);
 
 }  // namespace autoq

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "team.h"
 
 namespace autoq {
 namespace {
@@ -34,11 +35,10 @@ void multiply_rows(const PackedWeight& weight, const cpu::InputRows& input, cons
     const cpu::FixedPointRows fixed = cpu::fixed_point_rows(weight, input, digits, kernels, scratch());
     const int64_t columns = weight.units * kUnitColumns;
     // Preparing a value costs about as much as a hundred products.
-    torch::stable::parallel_for(0, input.rows, grain(columns * 100),
-                                [&](int64_t begin, int64_t end) { kernels.prepare(weight, input, fixed, begin, end); });
-    torch::stable::parallel_for(
-        0, weight.row_blocks, grain(columns * kLanes * input.rows),
-        [&](int64_t begin, int64_t end) { kernels.multiply(weight, fixed, output, begin, end); });
+    parallel_for(0, input.rows, grain(columns * 100),
+                 [&](int64_t begin, int64_t end) { kernels.prepare(weight, input, fixed, begin, end); });
+    parallel_for(0, weight.row_blocks, grain(columns * kLanes * input.rows),
+                 [&](int64_t begin, int64_t end) { kernels.multiply(weight, fixed, output, begin, end); });
 }
 
 // Some of the rows of an input and of its output.
@@ -65,12 +65,10 @@ void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, con
                     cpu::Mode mode) {
     const cpu::Kernels& kernels = cpu::kernels();
     const cpu::ActivationTiles tiles = cpu::activation_tiles(weight, input, mode, kernels, scratch());
-    torch::stable::parallel_for(0, input.rows, grain(weight.in_features * 100), [&](int64_t begin, int64_t end) {
-        kernels.prepare_tiles(weight, input, tiles, begin, end);
-    });
-    torch::stable::parallel_for(
-        0, weight.row_blocks, grain(weight.in_features * kLanes * input.rows),
-        [&](int64_t begin, int64_t end) { kernels.multiply_tiles(weight, tiles, output, begin, end); });
+    parallel_for(0, input.rows, grain(weight.in_features * 100),
+                 [&](int64_t begin, int64_t end) { kernels.prepare_tiles(weight, input, tiles, begin, end); });
+    parallel_for(0, weight.row_blocks, grain(weight.in_features * kLanes * input.rows),
+                 [&](int64_t begin, int64_t end) { kernels.multiply_tiles(weight, tiles, output, begin, end); });
 }
 
 // Many rows, some at a time: equal parts, each a multiple of two tiles but for the last.
@@ -89,10 +87,9 @@ void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t fi
     const Float dtype = float_of(dense.scalar_type());
     char* data = static_cast<char*>(dense.data_ptr());
     const int64_t block_bytes = kLanes * weight.in_features * static_cast<int64_t>(dense.element_size());
-    torch::stable::parallel_for(
-        first_block, last_block, grain(kLanes * weight.in_features * 8), [&](int64_t begin, int64_t end) {
-            kernels.dequantize(weight, data + (begin - first_block) * block_bytes, dtype, begin, end);
-        });
+    parallel_for(first_block, last_block, grain(kLanes * weight.in_features * 8), [&](int64_t begin, int64_t end) {
+        kernels.dequantize(weight, data + (begin - first_block) * block_bytes, dtype, begin, end);
+    });
 }
 
 }  // namespace

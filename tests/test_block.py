@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import DynamicCache, MistralConfig, PreTrainedModel
 from autoq import AutoQForCausalLM, block_ops, ops
 from autoq.architectures import architecture_of
 from autoq.errors import ConfigError
-from autoq.nn import QuantLinear, block
+from autoq.nn import QuantLinear, block, steps
 from autoq.nn.block import FusedForward, fuse_blocks, unfuse_blocks
 from autoq.nn.cache import KVLayer
 from autoq.nn.linear import replace_module
@@ -72,15 +73,16 @@ def with_context(variant: Variant, length: int) -> Variant:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the calls of the fused operator."""
+    """Counts the calls of the fused operator, which recorded steps would not make one by one."""
+    monkeypatch.setattr(steps, "RECORDERS", {})
     counted = [0]
-    operator = block.decoder_block
+    operator = block.decoder_blocks
 
     def count(*arguments: Any) -> Tensor:
         counted[0] += 1
         return operator(*arguments)
 
-    monkeypatch.setattr(block, "decoder_block", count)
+    monkeypatch.setattr(block, "decoder_blocks", count)
     return counted
 
 
@@ -126,12 +128,12 @@ def test_every_instruction_set(variant: Variant, capability: str) -> None:
 
 
 def arguments(
-    tokens: int = 3, past: int = 4, head_dim: int = 24, dtype: torch.dtype = torch.float32, **changes: Any
-) -> list[Any]:
+    tokens: int = 3, past: int = 4, head_dim: int = 24, dtype: torch.dtype = torch.float32,
+    width: int = 64, inner: int = 80, seed: int = 1, **changes: Any,
+) -> list[Any]:  # fmt: skip
     """Of a Llama-like block with grouped heads, whose sizes are multiples of nothing convenient."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     layout = block_ops.HeadLayout.consecutive(4, 2, head_dim)
-    width, inner = 64, 80
 
     def linear(out_features: int, in_features: int) -> list[Tensor]:
         weight = torch.randn(out_features, in_features) * in_features**-0.5
@@ -161,9 +163,9 @@ def arguments(
     hidden = torch.randn(2, tokens, width, dtype=dtype)
     return [
         hidden,
-        *caches,
-        None,
-        None,
+        *([cache] for cache in caches),
+        [],
+        [],
         past,
         *tables,
         mask,
@@ -187,10 +189,10 @@ KINDS = [
 
 def with_quantized_cache(given: list[Any]) -> list[Any]:
     for place in (1, 2):
-        states = given[place]
-        given[place] = torch.empty_like(states, dtype=torch.int8)
-        given[place + 2] = torch.empty(states.shape[:3])
-        block_ops.write_cache(given[place], given[place + 2], 0, states)
+        (states,) = given[place]
+        cache, scales = torch.empty_like(states, dtype=torch.int8), torch.empty(states.shape[:3])
+        block_ops.write_cache(cache, scales, 0, states)
+        given[place], given[place + 2] = [cache], [scales]
     return given
 
 
@@ -200,11 +202,11 @@ def test_a_cache_of_8_bits_matches_the_reference(tokens: int, capability: str) -
     if tokens == 21:
         given[9] = None  # torch's attention
     ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
-    output = block_ops.decoder_block(*ours)
-    expected = block_ops.reference_decoder_block(*wanted)
+    output = block_ops.decoder_blocks(*ours)
+    expected = block_ops.reference_decoder_blocks(*wanted)
     torch.testing.assert_close(output, expected, rtol=2e-3, atol=2e-3)
     for place in (1, 2):
-        assert int((ours[place].int() - wanted[place].int()).abs().max()) <= 1  # ties
+        assert int((ours[place][0].int() - wanted[place][0].int()).abs().max()) <= 1  # ties
         torch.testing.assert_close(ours[place + 2], wanted[place + 2])
 
 
@@ -213,49 +215,90 @@ def test_a_cache_of_8_bits_matches_the_reference(tokens: int, capability: str) -
 def test_native_matches_the_reference(changes: dict[str, Any], tokens: int, capability: str) -> None:
     given = arguments(tokens, **changes)
     ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
-    output = block_ops.decoder_block(*ours)
-    expected = block_ops.reference_decoder_block(*wanted)
+    output = block_ops.decoder_blocks(*ours)
+    expected = block_ops.reference_decoder_blocks(*wanted)
     torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
     for place in (1, 2):  # the caches: new positions written, all others left alone
-        torch.testing.assert_close(ours[place], wanted[place], rtol=2e-5, atol=2e-5)
-        assert torch.equal(ours[place][:, :, :4], given[place][:, :, :4])
-        assert torch.equal(ours[place][:, :, 4 + tokens :], given[place][:, :, 4 + tokens :])
+        (found,), (right,), (before,) = ours[place], wanted[place], given[place]
+        torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-5)
+        assert torch.equal(found[:, :, :4], before[:, :, :4])
+        assert torch.equal(found[:, :, 4 + tokens :], before[:, :, 4 + tokens :])
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 21])
+def test_several_blocks_in_a_call_are_one_after_the_other(tokens: int, eight_bits: bool) -> None:
+    first, second = arguments(tokens), arguments(tokens, seed=2, activation=block_ops.ActivationKind.GELU, clip=0.0)
+    if eight_bits:
+        first, second = with_quantized_cache(first), with_quantized_cache(second)
+    both = copy.deepcopy(first)
+    for i in (1, 2, 3, 4, 10, 11, 12):
+        both[i] = [*both[i], *copy.deepcopy(second[i])]
+    wanted = copy.deepcopy(both)
+    second[5:10] = first[5:10]
+    second[0] = block_ops.decoder_blocks(*first)
+    assert torch.equal(block_ops.decoder_blocks(*both), block_ops.decoder_blocks(*second))
+    for place in (1, 2, 3, 4):
+        for ours, alone in zip(both[place], [*first[place], *second[place]], strict=True):
+            assert torch.equal(ours, alone)
+    expected = block_ops.reference_decoder_blocks(*wanted)
+    tolerance = 2e-3 if eight_bits else 2e-5
+    torch.testing.assert_close(block_ops.decoder_blocks(*copy.deepcopy(both)), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_number_of_threads_changes_nothing(threads: Callable[[int], None]) -> None:
+    given = arguments(tokens=1, width=1024, inner=3008, head_dim=128)
+    found = []
+    for count in (1, 2, 3, 8):
+        threads(count)
+        for _ in range(20):
+            found.append(block_ops.decoder_blocks(*given))
+    assert all(torch.equal(other, found[0]) for other in found)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(block_ops.decoder_block, arguments(), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(block_ops.decoder_blocks, arguments(), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_a_query_must_not_see_does_not_matter() -> None:
     """Neither NaN in unused room of the cache nor in masked positions reaches the output."""
     given = arguments(tokens=1, past=6)
     given[8] = torch.ones(2, 1, 1, 7, dtype=torch.bool)
-    clean = block_ops.decoder_block(*copy.deepcopy(given))
-    for cache in given[1:3]:
+    clean = block_ops.decoder_blocks(*copy.deepcopy(given))
+    for (cache,) in given[1:3]:
         cache[:, :, 7:] = float("nan")
-    torch.testing.assert_close(block_ops.decoder_block(*given), clean)
+    torch.testing.assert_close(block_ops.decoder_blocks(*given), clean)
 
 
 def test_a_query_that_may_look_nowhere_is_finite() -> None:
     for tokens in (1, 20):
         given = arguments(tokens=tokens)
         given[8] = torch.zeros(2, 1, tokens, 4 + tokens, dtype=torch.bool)
-        assert block_ops.decoder_block(*given).isfinite().all()
+        assert block_ops.decoder_blocks(*given).isfinite().all()
         given[8] = torch.full((2, 1, tokens, 4 + tokens), torch.finfo(torch.float32).min)
-        assert block_ops.decoder_block(*given).isfinite().all()
+        assert block_ops.decoder_blocks(*given).isfinite().all()
 
 
 BAD = {
     "must be float32, bfloat16 or float16": lambda a: a.__setitem__(0, a[0].double()),
     "has room for": lambda a: a.__setitem__(5, 10),
-    "keys must be contiguous and have the shape": lambda a: a.__setitem__(1, a[1][:, :1]),
-    "values must be on the CPU and have the dtype": lambda a: a.__setitem__(2, a[2].bfloat16()),
+    "keys must be contiguous and have the shape": lambda a: a.__setitem__(1, [a[1][0][:, :1]]),
+    "values must be on the CPU and have the dtype": lambda a: a.__setitem__(2, [a[2][0].bfloat16()]),
     "cosines and sines must be given": lambda a: a.__setitem__(6, None),
     "cosines and sines must have the same shape": lambda a: a.__setitem__(7, a[7][..., :4].contiguous()),
     "cosines turn": lambda a: (a.__setitem__(6, torch.zeros(1, 3, 50)), a.__setitem__(7, torch.zeros(1, 3, 50))),
     "dimension 3 of mask is 3": lambda a: a.__setitem__(8, a[8][..., :3]),
     "bias must be bool, float32": lambda a: a.__setitem__(9, a[9].long()),
     "tensors, .* settings": lambda a: a[10].pop(),
+    "each of 1 blocks needs keys and values": lambda a: a[2].append(a[2][0]),
+    "both must have scales, or neither": lambda a: a[3].append(torch.empty(2, 2, 12)),
     "vector of 64 values": lambda a: a[10].__setitem__(0, torch.ones(63)),
     "head layout leaves the row": lambda a: a[11].__setitem__(5, 10_000),
     "the setting -24 is out of its range": lambda a: a[11].__setitem__(4, -24),
@@ -271,14 +314,14 @@ def test_wrong_arguments_get_a_sentence(sentence: str) -> None:
     given = arguments()
     BAD[sentence](given)
     with pytest.raises(RuntimeError, match=sentence):
-        block_ops.decoder_block(*given)
+        block_ops.decoder_blocks(*given)
 
 
 def test_an_empty_batch() -> None:
     given = arguments()
-    given[0], given[1], given[2] = given[0][:0], given[1][:0], given[2][:0]
+    given[0], given[1], given[2] = given[0][:0], [given[1][0][:0]], [given[2][0][:0]]
     given[8] = None
-    assert block_ops.decoder_block(*given).shape == (0, 3, 64)
+    assert block_ops.decoder_blocks(*given).shape == (0, 3, 64)
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from autoq import block_ops
 from autoq.nn.block import FusedForward
-from autoq.nn.graph import StepGraphs
+from autoq.nn.steps import RecordedSteps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -42,18 +42,18 @@ def on_gpu(given: list[Any]) -> list[Any]:
 def check(given: list[Any], tolerance: float) -> None:
     wanted, ours = copy.deepcopy(given), on_gpu(given)
     held = int(given[13]) if len(given) > 13 else given[5]
-    expected = block_ops.reference_decoder_block(*wanted)
-    output = block_ops.decoder_block(*ours)
+    expected = block_ops.reference_decoder_blocks(*wanted)
+    output = block_ops.decoder_blocks(*ours)
     torch.testing.assert_close(output.cpu(), expected, rtol=tolerance, atol=tolerance)
     new = slice(held, held + given[0].shape[1])
     for place in (1, 2):
-        found, right = ours[place].cpu(), wanted[place]
+        found, right, before = ours[place][0].cpu(), wanted[place][0], given[place][0]
         if found.dtype == torch.int8:
             assert int((found.int() - right.int()).abs().max()) <= 1  # ties
             continue
         torch.testing.assert_close(found[:, :, new], right[:, :, new], rtol=tolerance, atol=tolerance)
         for part in (slice(0, new.start), slice(new.stop, None)):
-            assert torch.equal(found[:, :, part], given[place][:, :, part])
+            assert torch.equal(found[:, :, part], before[:, :, part])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -82,7 +82,7 @@ def test_a_length_on_the_device(tokens: int) -> None:
 
 def test_opcheck() -> None:
     given = on_gpu([*arguments(), torch.tensor(3)])
-    torch.library.opcheck(block_ops.decoder_block, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(block_ops.decoder_blocks, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("family", VARIANTS, ids=lambda family: family.name)
@@ -118,7 +118,7 @@ def pair(family: Variant) -> tuple[PreTrainedModel, PreTrainedModel]:
     recorded = quantized(with_context(family, 512)).model.cuda()
     plain = copy.deepcopy(recorded)
     del plain.forward
-    assert isinstance(recorded.forward, StepGraphs)
+    assert isinstance(recorded.forward, RecordedSteps)
     return plain, recorded
 
 

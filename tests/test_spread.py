@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from autoq import AutoQForCausalLM
 from autoq.architectures import architecture_of
-from autoq.block_ops import decoder_block
+from autoq.block_ops import decoder_blocks
 from autoq.errors import AutoQError, ConfigError
 from autoq.nn import block as block_module
 from autoq.nn.block import FusedForward
@@ -289,7 +289,7 @@ def test_connected_blocks_stay_fused(case: Variant, monkeypatch: pytest.MonkeyPa
     expected = _generate(model, _prompt())
     connect(model, _names(model))
     calls = []
-    monkeypatch.setattr(block_module, "decoder_block", lambda *args: calls.append(1) or decoder_block(*args))
+    monkeypatch.setattr(block_module, "decoder_blocks", lambda *args: calls.append(1) or decoder_blocks(*args))
     assert torch.equal(_generate(model, _prompt()), expected)
     assert len(calls) == 2 * 5
 

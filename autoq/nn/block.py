@@ -8,7 +8,10 @@ goes through the block's own forward, with the same result.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +22,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.architectures.base import BlockParts, RotaryKind
-from autoq.block_ops import MAX_HEAD_DIM, QKV_CODES, ActivationKind, BlockSettings, BlockTensors, decoder_block, runs_on
+from autoq.block_ops import (
+    MAX_HEAD_DIM,
+    QKV_CODES,
+    ActivationKind,
+    BlockSettings,
+    BlockTensors,
+    decoder_blocks,
+    runs_on,
+)
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.linear import QuantLinear
@@ -141,15 +152,10 @@ class _Parts:
             return False
         return not any(self._hooks) or not any(is_watched(module) for _, _, module in self._places)
 
-    def sources(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the tensors come from: the dicts of the modules that hold them, and their names in these."""
+    def sources(self) -> list[dict[str, Any]]:
+        """The dicts of the modules where the tensors come from."""
         modules = [*self.linears, self.attention_norm, self.mlp_norm, self.activation, self.query_norm, self.key_norm]
-        return [
-            (tensors, name)
-            for module in filter(None, modules)
-            for tensors in (module._parameters, module._buffers)
-            for name in tensors
-        ]
+        return [tensors for module in filter(None, modules) for tensors in (module._parameters, module._buffers)]
 
     def settings(self) -> BlockSettings:
         description, kind = self.description, self._activation_kind()
@@ -258,24 +264,46 @@ def _merge(linears: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class HeldTensors:
     """Tensors of modules, and whether they still are these, with the values they had.
 
-    It is asked for every token, so it keeps flat lists: a tensor takes some 0.3 microseconds.
+    It is asked for every token, when the weights have driven all else out of the caches, so no bytecode runs for each.
     """
 
-    def __init__(self, places: list[tuple[dict[str, Any], str]]) -> None:
-        """places: the dicts that hold the tensors, and their names in these; those of None are left out."""
-        self._places = [(place, name) for place, name in places if place[name] is not None]
-        self.tensors: list[Tensor] = [place[name] for place, name in self._places]
+    def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:
+        """dicts: those of the modules that hold the tensors."""
+        self._contents = Contents(dicts)
+        self.tensors: list[Tensor] = [tensor for tensor in self._contents.values if tensor is not None]
         self._versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self._versions = [tensor._version for tensor in self._versioned]
-        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self._versions = self._present_versions()
+        self._addresses = self._present_addresses()
 
     def are_current(self) -> bool:
         # An assignment to `.data` changes the address and no version.
         return (
-            all(place.get(name) is tensor for (place, name), tensor in zip(self._places, self.tensors, strict=True))
-            and [tensor._version for tensor in self._versioned] == self._versions
-            and [tensor.data_ptr() for tensor in self.tensors] == self._addresses
+            self._contents.are_current()
+            and self._present_addresses() == self._addresses
+            and self._present_versions() == self._versions
         )
+
+    def _present_addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.tensors))
+
+    def _present_versions(self) -> list[int]:
+        return list(map(operator.attrgetter("_version"), self._versioned))
+
+
+class Contents:
+    """What dicts hold, and whether they still hold the very same objects; empty ones are not looked at."""
+
+    def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:
+        self._dicts = [held for held in dicts if held]
+        self.values = list(self._present_values())
+
+    def are_current(self) -> bool:
+        return sum(map(len, self._dicts)) == len(self.values) and all(
+            map(operator.is_, self._present_values(), self.values)
+        )
+
+    def _present_values(self) -> Iterable[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
 
 
 class _RotaryTable:
@@ -386,8 +414,9 @@ class FusedForward:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)
-        output = decoder_block(
-            hidden, *buffers, past, cosines, sines, mask, self._bias(options, past + tokens, length is not None),
+        output = decoder_blocks(
+            hidden, *buffers.as_lists(), past, cosines, sines, mask,
+            self._bias(options, past + tokens, length is not None),
             self._tensors, self._integers[modes.pop()], self._constants, length,
         )  # fmt: skip
         if layer is not None:

@@ -40,6 +40,10 @@ class KVBuffers(NamedTuple):
         with torch.inference_mode(False):
             return KVBuffers(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
 
+    def as_lists(self) -> list[list[Tensor]]:
+        """Keys, values and their scales, as the operator of the blocks wants them."""
+        return [[] if tensor is None else [tensor] for tensor in self]
+
     @property
     def capacity(self) -> int:
         return min(self.keys.shape[2], self.values.shape[2])
@@ -148,7 +152,7 @@ class KVLayer(DynamicLayer):
             batch, heads, _, head_dim = self._buffers.keys.shape
             self.reserve(torch.empty(0, dtype=self.dtype, device=self.device), batch, heads, tokens, head_dim)
 
-    # ---- buffers at a fixed address, which layers take over from each other (graph.py) ----
+    # ---- buffers at a fixed address, which layers take over from each other (steps.py) ----
 
     def holds(self, buffers: KVBuffers) -> bool:
         return self._buffers is buffers
@@ -216,8 +220,17 @@ class KVLayer(DynamicLayer):
         self._change(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._buffers is not None:
-            self._buffers, self._lent = self._buffers.map(change), False
+        if self._buffers is None:
+            return
+        if self._lent:
+            # As many sequences as before stay where they are, which spares moving there before the next step.
+            fronts = [tensor[:, :, : self._length] for tensor in self._buffers if tensor is not None]
+            changed = [change(front) for front in fronts]
+            if all(new.shape == front.shape for new, front in zip(changed, fronts, strict=True)):
+                for front, new in zip(fronts, changed, strict=True):
+                    front.copy_(new)
+                return
+        self._buffers, self._lent = self._buffers.map(change), False
 
 
 def _likeness(tensor: Tensor) -> tuple[Any, ...]:

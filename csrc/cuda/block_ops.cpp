@@ -1,4 +1,4 @@
-// The steps of the operator `decoder_block` on CUDA: the kernels, on torch's current stream.
+// The steps of the operator `decoder_blocks` on CUDA: the kernels, on torch's current stream.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kManyTokens = 17;
 
 void check_launch(const char* error) {
-    STD_TORCH_CHECK(error == nullptr, "autoq::decoder_block: a CUDA kernel was not launched: ", error);
+    STD_TORCH_CHECK(error == nullptr, "autoq::decoder_blocks: a CUDA kernel was not launched: ", error);
 }
 
 class CudaDevice : public BlockDevice {
@@ -97,19 +97,19 @@ class CudaDevice : public BlockDevice {
     void* stream_;
 };
 
-Tensor decoder_block_cuda(const Tensor& hidden, const Tensor& keys, const Tensor& values,
-                          const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
-                          int64_t past, const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
-                          const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
-                          const std::vector<double>& constants, const std::optional<Tensor>& length) {
-    STD_TORCH_CHECK(hidden.is_cuda(), "autoq::decoder_block: hidden states, caches and tensors must be on one GPU");
-    return decoder_block(CudaDevice(hidden), {hidden, keys, values, key_scales, value_scales, past, cosines, sines,
-                                              mask, bias, tensors, settings, constants, length});
+Tensor decoder_blocks_cuda(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                           const std::vector<Tensor>& key_scales, const std::vector<Tensor>& value_scales, int64_t past,
+                           const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                           const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+                           const std::vector<double>& constants, const std::optional<Tensor>& length) {
+    STD_TORCH_CHECK(hidden.is_cuda(), "autoq::decoder_blocks: hidden states, caches and tensors must be on one GPU");
+    return decoder_blocks(CudaDevice(hidden), {hidden, keys, values, key_scales, value_scales, past, cosines, sines,
+                                               mask, bias, tensors, settings, constants, length});
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) { m.impl("decoder_block", TORCH_BOX(&decoder_block_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) { m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks_cuda)); }
 
 }  // namespace autoq

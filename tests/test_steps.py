@@ -1,4 +1,4 @@
-"""Recorded decoding steps, on the CPU with a stand-in for CUDA graphs: the same tokens, and every way out of them."""
+"""Recorded decoding steps, on the CPU: the same tokens, and every way out of them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import copy
 import gc
 import inspect
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import VARIANTS, Variant, quantized, variant
-from recording import Recorded
 from test_block import WAYS, WINDOW, blocks, generate, prompt, with_context
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq import AutoQForCausalLM
-from autoq.nn import graph
+from autoq.nn import steps as recorded_steps
 from autoq.nn.block import unfuse_blocks
-from autoq.nn.graph import StepGraphs
+from autoq.nn.steps import RecordedSteps
+from autoq.nn.recording import HostRecording
 
 LLAMA = variant("llama-gqa")
 
 
+class Recorded(HostRecording):
+    count = 0  # of recordings made
+    replays = 0  # of all of them
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Recorded.count += 1
+
+    def replay(self) -> Tensor:
+        Recorded.replays += 1
+        return super().replay()
+
+
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Recorded)
+    monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", Recorded)
     Recorded.count = Recorded.replays = 0
 
 
@@ -36,7 +50,7 @@ def pair(family: Variant, **settings: Any) -> tuple[PreTrainedModel, PreTrainedM
     recorded = quantized(with_context(family, 512), **settings).model
     plain = copy.deepcopy(recorded)
     del plain.forward
-    assert isinstance(recorded.forward, StepGraphs)
+    assert isinstance(recorded.forward, RecordedSteps)
     return plain, recorded
 
 
@@ -120,7 +134,7 @@ def test_large_caches_do_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) 
     expected = generate(recorded, prompt(1, 5), do_sample=False)
     generate(recorded, prompt(1, 5), do_sample=False)
     assert Recorded.count == 1
-    monkeypatch.setattr(graph, "idle_limit", lambda _: 0)
+    monkeypatch.setattr(recorded_steps, "idle_limit", lambda _: 0)
     assert torch.equal(generate(recorded, prompt(1, 5), do_sample=False), expected)
     assert Recorded.count == 2
 
@@ -176,6 +190,35 @@ def test_keys_and_values_of_8_bits(tmp_path: Path) -> None:
     ids = prompt(2, 30)["input_ids"]
     torch.testing.assert_close(decode(model, ids), decode(plain, ids), rtol=1e-6, atol=1e-6)
     assert steps() > 20
+
+
+def test_threads_generate_at_the_same_time() -> None:
+    plain, recorded = pair(LLAMA)
+    prompts = [{"input_ids": prompt(1, 12)["input_ids"] + i} for i in range(4)]
+    expected = [generate(plain, each, do_sample=False) for each in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(lambda each: generate(recorded, each, do_sample=False), prompts)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours, theirs)
+    assert steps() > 0
+
+
+def test_beams_stay_in_their_buffers() -> None:
+    _, recorded = pair(LLAMA)
+    generate(recorded, prompt(2, 12), do_sample=False, num_beams=3)
+    assert Recorded.count == 1
+    cache = DynamicCache(config=recorded.config)
+    ids = prompt(2, 12)["input_ids"]
+    with torch.no_grad():
+        for part in ids.split(1, 1)[:6]:
+            recorded(part.repeat_interleave(3, 0), past_key_values=cache)
+    kept = cache.layers[0].keys.clone()
+    order = torch.tensor([5, 5, 0, 1, 2, 0])
+    address = cache.layers[0].lend().keys.data_ptr()
+    cache.reorder_cache(order)
+    assert cache.layers[0].lend().keys.data_ptr() == address
+    assert torch.equal(cache.layers[0].keys, kept[order])
 
 
 # ---- the model's own forward -----------------------------------------------------------------------------------------
@@ -292,7 +335,7 @@ def test_a_recording_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("operation not permitted when stream is capturing")
 
     plain, recorded = pair(LLAMA)
-    monkeypatch.setitem(graph.RECORDERS, "cpu", fail)
+    monkeypatch.setitem(recorded_steps.RECORDERS, "cpu", fail)
     with pytest.warns(UserWarning, match="stream is capturing"):
         eager(recorded, plain)
 

@@ -1,111 +1,55 @@
-"""A decoding step as one CUDA graph: recorded once, replayed for every token.
+"""A decoding step that is recorded once and replayed for every token: a CUDA graph, on the CPU a list of operators.
 
-A step of a model with fused blocks is some hundreds of kernels of a few microseconds; started from Python one by one,
-they take longer to start than to run. A graph starts them all at once, but always with the same pointers and the same
-numbers. So whatever changes from token to token is kept on the device, at a fixed address: the token, its position,
-the mask, and the length of the cache, which the operator of the blocks and transformers' own code then read from a
-tensor, as they do with transformers' static cache.
+On a GPU a step of a model with fused blocks is some hundreds of kernels of a few microseconds; started from Python one
+by one, they take longer to start than to run. On a CPU what Python does around and between the blocks takes a seventh
+of a step of a small model. A recording does all at once, but always with the same tensors and the same numbers. So
+whatever changes from token to token is kept in tensors that stay: the token, its position, the mask, and the length of
+the cache, which the operator of the blocks and transformers' own code then read from a tensor, as they do with
+transformers' static cache.
 
-`StepGraphs` takes the place of the model's forward. It replays what it can and hands everything else to the model's own
+`RecordedSteps` takes the place of the model's forward. It replays what it can and hands everything else to the model's own
 forward, with the same result: prompts, gradients, hooks, other caches, whatever the fused blocks themselves cannot run.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.nn.block import FusedForward, HeldTensors, is_watched
+from autoq.nn.block import Contents, FusedForward, HeldTensors, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.linear import QuantLinear
+from autoq.nn.recording import CannotBeRecorded, CudaRecording, HostRecording, Recording
 
-# What the step is given, each in a buffer of its own; whatever else a call asks for is not in the graph.
+# What the step is given, each in a buffer of its own; whatever else a call asks for is not recorded.
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
-
-# ---- recording -------------------------------------------------------------------------------------------------------
-
-
-class Recording(Protocol):
-    """A function that was recorded: `replay` does again to its tensors what the function did to them."""
-
-    output: Any  # of the function, with tensors that `replay` fills
-
-    def replay(self) -> None: ...
-
-
-class CudaRecording:
-    """A CUDA graph.
-
-    What the function does on the host is done once, while recording. Nothing may wait for the GPU in it.
-    """
-
-    def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            run()  # libraries set themselves up at the first call
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # a recording has memory of its own, and cannot take what is kept for others
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.output = run()
-            finally:
-                self._graph.capture_end()
-        current.wait_stream(stream)
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
 # How a step is recorded on a type of device; on others it is not.
-RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Recording]] = {"cuda": CudaRecording}
-
-
-class CannotBeRecorded(Exception):
-    """A step waits for the device, or brings values from the host to it, which a graph cannot do again."""
-
-
-class _Rehearsal(TorchDispatchMode):
-    """Runs a step and raises CannotBeRecorded where a graph could not hold it, before a recording breaks there."""
-
-    _WAITING = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in self._WAITING:
-            raise CannotBeRecorded(name)
-        result = func(*args, **(kwargs or {}))
-        copies = name in ("aten::_to_copy", "aten::copy_")
-        source = args[1] if name == "aten::copy_" else args[0] if copies else None
-        if copies and isinstance(source, Tensor) and source.device != result.device:
-            raise CannotBeRecorded(f"{name} from {source.device} to {result.device}")
-        if name == "aten::lift_fresh" and result.is_cuda:
-            raise CannotBeRecorded("a tensor made of numbers of the host")
-        return result
+RECORDERS: dict[str, Any] = {"cuda": CudaRecording, "cpu": HostRecording}
 
 
 def idle_limit(device: torch.device) -> int:
     """The bytes of keys and values that may wait for the next cache: prompts need memory too."""
-    return torch.cuda.get_device_properties(device).total_memory // 10 if device.type == "cuda" else 2**40
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 10
+    return psutil.virtual_memory().total // 10
 
 
 # ---- what stays where it is ------------------------------------------------------------------------------------------
 
 
 class _StaticLayer(KVLayer):
-    """The cache of one block as a graph sees it: full size, with its length on the device."""
+    """The cache of one block as a recording sees it: full size, with its length on the device."""
 
     length: Tensor
 
@@ -133,6 +77,11 @@ class _StaticLayer(KVLayer):
         return self._buffers.capacity, 0
 
 
+class _RecordedStep(NamedTuple):
+    recording: Recording
+    output_class: type[Any]  # of what the model returns
+
+
 class _Slot:
     """Keys and values of all blocks at fixed addresses, the inputs of a step, and the recordings made of these.
 
@@ -149,7 +98,7 @@ class _Slot:
         with torch.inference_mode(False):
             self.length = torch.zeros((), dtype=torch.int64, device=self.device)
         self.inputs: dict[str, Tensor] = {}
-        self.recordings: dict[tuple[Any, ...], Recording] = {}
+        self.recordings: dict[tuple[str, ...], _RecordedStep] = {}  # by the names of their inputs
 
     def belongs_to(self, layers: list[KVLayer]) -> bool:
         return all(layer.holds(buffers) for layer, buffers in zip(layers, self.buffers, strict=True))
@@ -189,47 +138,41 @@ class _Slot:
 class _Snapshot:
     """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do.
 
-    It is looked at for every token, so it is flat: a thousand tensors take some hundred microseconds.
+    It is looked at for every token, as HeldTensors are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._config, self._attention = model.config, model.config._attn_implementation
-        self._modules: list[tuple[dict[str, Any], str, nn.Module]] = []
-        places: list[tuple[dict[str, Any], str]] = []
-        self._visit(model, places)
-        self._held = HeldTensors(places)
+        self._modules = list(model.modules())[1:]  # not the model itself, which holds this
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._children = Contents(module._modules for module in (model, *self._modules))
+        self._held = HeldTensors(
+            tensors for module in (model, *self._modules) for tensors in (module._parameters, module._buffers)
+        )
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
         self._memory = [tensor.detach() for tensor in self._held.tensors]
-        self._linears = [module for _, _, module in self._modules if isinstance(module, QuantLinear)]
+        self._linears = [module for module in self._modules if isinstance(module, QuantLinear)]
         self._modes = [linear.mode for linear in self._linears]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
-        self._forwards = {block: block.__dict__.get("forward") for block in blocks}
-        fused = [forward for forward in self._forwards.values() if isinstance(forward, FusedForward)]
+        self._forwards = [block.__dict__.get("forward") for block in blocks]
+        fused = [forward for forward in self._forwards if isinstance(forward, FusedForward)]
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
-        self._can_be_recorded = len({tensor.device for tensor in self._held.tensors}) == 1 and all(
-            isinstance(forward, FusedForward) for forward in self._forwards.values()
-        )
-
-    def _visit(self, module: nn.Module, places: list[tuple[dict[str, Any], str]]) -> None:
-        for leaf, child in module._modules.items():
-            if child is not None:
-                self._modules.append((module._modules, leaf, child))
-                self._visit(child, places)
-        for tensors in (module._parameters, module._buffers):
-            places += [(tensors, name) for name in tensors]
+        self._can_be_recorded = len({tensor.device for tensor in self._held.tensors}) == 1 and len(fused) == len(blocks)
 
     def is_current(self) -> bool:
         if not self._can_be_recorded or nn.modules.module._has_any_global_hook():
             return False
-        for siblings, leaf, module in self._modules:
-            if siblings.get(leaf) is not module or module.training:
-                return False
-            if (module._forward_hooks or module._forward_pre_hooks) and is_watched(module):
-                return False
-            if "forward" in module.__dict__ and module.forward is not self._forwards.get(module):
-                return False
+        if any(map(operator.itemgetter("training"), self._attributes)):
+            return False
+        if any(self._hooks) and any(map(is_watched, self._modules)):
+            return False
+        own = [module["forward"] for module in self._attributes if "forward" in module]
         return (
-            self._held.are_current()
+            len(own) == len(self._forwards)
+            and all(map(operator.is_, own, self._forwards))
+            and self._children.are_current()
+            and self._held.are_current()
             and [linear.mode for linear in self._linears] == self._modes
             and self._config._attn_implementation == self._attention
         )
@@ -239,12 +182,12 @@ class _Snapshot:
 
 
 def record_steps(model: PreTrainedModel) -> None:
-    """Replaces the forward of a model by one that records its decoding steps, where its blocks run fused on a GPU."""
+    """Replaces the forward of a model by one that records its decoding steps, where its blocks run fused."""
     if model.config.model_type in known_model_types() and "forward" not in model.__dict__:
-        model.forward = StepGraphs(model)
+        model.forward = RecordedSteps(model)
 
 
-class StepGraphs:
+class RecordedSteps:
     """The forward of a model: recorded steps where these give what its own forward would."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -279,11 +222,7 @@ class StepGraphs:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or model.training:
             return type(model).forward(model, *args, **kwargs)
         output = self._step(model, args, kwargs)
-        if output is not None:
-            return output
-        with self._lock:
-            self._slots = [slot for slot in self._slots if not slot.is_free() or slot.bytes <= idle_limit(slot.device)]
-        return type(model).forward(model, *args, **kwargs)
+        return type(model).forward(model, *args, **kwargs) if output is None else output
 
     # ---- whether this call is a step ----
 
@@ -291,7 +230,7 @@ class StepGraphs:
         """What the model returns for one more token of every sequence, or None where its own forward has to say."""
         inputs = self._inputs(model, args, kwargs)
         if inputs is None:
-            self._impossible = False  # so that it is tried again after the next prompt
+            self._before_a_prompt()
             return None
         if self._impossible:
             return None
@@ -307,8 +246,17 @@ class StepGraphs:
             return None
         if mask is None and self._masks_wanted:
             inputs["attention_mask"] = inputs["input_ids"].new_ones(batch, length + 1)
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return None  # a recording is of one set of tensors: other threads go their own way meanwhile
+        try:
             return self._replay(model, kwargs["past_key_values"], layers, inputs, length)
+        finally:
+            self._lock.release()
+
+    def _before_a_prompt(self) -> None:
+        self._impossible = False  # so that it is tried again
+        with self._lock:
+            self._slots = [slot for slot in self._slots if not slot.is_free() or slot.bytes <= idle_limit(slot.device)]
 
     def _inputs(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -342,14 +290,14 @@ class StepGraphs:
     ) -> Any:
         slot = self._slot(layers, length)
         slot.fill(inputs, length)
-        recording = slot.recordings.get(tuple(inputs))
-        if recording is None:
-            recording = self._record(model, slot, tuple(inputs))
-            if recording is None:
+        step = slot.recordings.get(tuple(inputs))
+        if step is None:
+            step = self._record(model, slot, tuple(inputs))
+            if step is None:
                 return None
-            slot.recordings[tuple(inputs)] = recording
-        recording.replay()
-        # The GPU is at work; meanwhile the host looks whether all is still as it was. If not, the model's own forward
+            slot.recordings[tuple(inputs)] = step
+        logits = step.recording.replay()
+        # A GPU is at work; meanwhile the host looks whether all is still as it was. If not, the model's own forward
         # does the step again: it writes the same places of the cache.
         assert self._snapshot is not None
         if not self._snapshot.is_current():
@@ -357,8 +305,7 @@ class StepGraphs:
             return None
         for layer in layers:
             layer.advance(1)
-        output = recording.output
-        return type(output)(logits=output.logits.clone(), past_key_values=cache)
+        return step.output_class(logits=logits, past_key_values=cache)
 
     def _slot(self, layers: list[KVLayer], length: int) -> _Slot:
         """The slot of these layers, with room for one more token."""
@@ -376,29 +323,34 @@ class StepGraphs:
         self._slots.append(_Slot(layers))
         return self._slots[-1]
 
-    def _record(self, model: PreTrainedModel, slot: _Slot, names: tuple[str, ...]) -> Recording | None:
+    def _record(self, model: PreTrainedModel, slot: _Slot, names: tuple[str, ...]) -> _RecordedStep | None:
         if self._snapshot is None:
             self._snapshot = _Snapshot(model)
         if not self._snapshot.is_current():
             self._snapshot, self._slots = None, []
             return None
         masked = "attention_mask" in names
+        output_class: type[Any] = type(None)
 
-        def run() -> Any:
+        def run() -> Tensor:
+            nonlocal output_class
             # Views, which are new objects: nothing looked up for the tensors of another run is taken for theirs.
             inputs = {name: slot.inputs[name].view_as(slot.inputs[name]) for name in names}
-            return type(model).forward(model, **inputs, past_key_values=slot.cache(masked), use_cache=True)
+            output = type(model).forward(model, **inputs, past_key_values=slot.cache(masked), use_cache=True)
+            if {name for name, value in output.items() if value is not None} != {"logits", "past_key_values"}:
+                raise CannotBeRecorded("a model that returns more than logits and the cache")
+            output_class = type(output)
+            logits: Tensor = output.logits
+            return logits
 
         try:
             with torch.inference_mode(False), torch.no_grad():  # for calls in any mode to come
-                with _Rehearsal():
-                    output = run()
-                if {name for name, value in output.items() if value is not None} == {"logits", "past_key_values"}:
-                    return RECORDERS[slot.device.type](run, slot.device)
+                recording = RECORDERS[slot.device.type](run, slot.device, (slot.length, *slot.inputs.values()))
+                return _RecordedStep(recording, output_class)
         except CannotBeRecorded:
             pass
         except RuntimeError as error:
-            warnings.warn(f"a decoding step could not be recorded and runs without a graph: {error}", stacklevel=2)
+            warnings.warn(f"a decoding step could not be recorded and runs without a recording: {error}", stacklevel=2)
         # Some families make a mask of their own where none is given, of a size they ask the device for.
         self._impossible = masked
         self._masks_wanted = True

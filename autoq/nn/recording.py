@@ -1,0 +1,234 @@
+"""A function that is run once and then replayed for every token: a CUDA graph on a GPU, a list of operators on the CPU.
+
+Neither keeps anything of the function's Python. Numbers that it took from the host are those of the recording; what
+changes from replay to replay is read from tensors, which stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autoq.block_ops import SHARED_ARGUMENTS, decoder_blocks
+
+
+class CannotBeRecorded(Exception):
+    """A function waits for the device, or brings values from the host to it, which a recording cannot do again."""
+
+
+class Recording(Protocol):
+    def replay(self) -> Tensor:
+        """Does again what the function did, with what its inputs hold now; returns what it would, in memory that no
+        other replay fills."""
+
+
+class _Call(NamedTuple):
+    """Of an operator."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    def given(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return _tensors((self.args, self.kwargs))
+
+    def written(self) -> list[Tensor]:
+        """What it was given and writes to."""
+        schema = self.function._schema.arguments
+        given = dict(zip((argument.name for argument in schema), self.args, strict=False)) | self.kwargs
+        return [
+            tensor
+            for argument in schema
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors(given.get(argument.name))
+        ]
+
+
+class _Rehearsal(TorchDispatchMode):
+    """Runs a function and keeps the operators that it calls; raises CannotBeRecorded at one that a recording could not
+    hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        if torch.Tag.data_dependent_output in func.tags or _size_depends_on_values(func, args):
+            raise CannotBeRecorded(name)
+        result = func(*args, **kwargs)
+        copies = name in ("aten::_to_copy", "aten::copy_")
+        source = args[1] if name == "aten::copy_" else args[0] if copies else None
+        if copies and isinstance(source, Tensor) and source.device != result.device:
+            raise CannotBeRecorded(f"{name} from {source.device} to {result.device}")
+        if name == "aten::lift_fresh" and result.is_cuda:
+            raise CannotBeRecorded("a tensor made of numbers of the host")
+        self.calls.append(_Call(func, args, kwargs, result))
+        return result
+
+
+class CudaRecording:
+    """A CUDA graph. Nothing may wait for the GPU in it."""
+
+    def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
+        """run: the function. inputs: the tensors whose values differ from replay to replay."""
+        with _Rehearsal():  # before a recording breaks
+            run()
+        self._graph = torch.cuda.CUDAGraph()
+        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            run()  # libraries set themselves up at the first call
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # a recording has memory of its own, and cannot take what is kept for others
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._output = run()
+            finally:
+                self._graph.capture_end()
+        current.wait_stream(stream)
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self._output.clone()
+
+
+class _Step(NamedTuple):
+    """A call that is made again."""
+
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    moved: list[tuple[Any, Any, int]]  # containers of arguments, and which result belongs where in them
+    kept: int | None  # where the result goes, if it is a new tensor
+    kept_each: list[int | None]  # the same of several results
+
+
+class HostRecording:
+    """The operators that a function calls, one after the other without what is around them.
+
+    Those that give the same every time, since nothing they are given changes, are left out: their results are kept.
+    Decoder blocks that follow each other are one call.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
+        """As of CudaRecording."""
+        with _Rehearsal() as rehearsal:
+            output = run()
+        _check_origins(rehearsal.calls)
+        self._places: dict[int, int] = {}  # of results by their identity
+        self._steps = [self._step(call) for call in _with_blocks_joined(_changing(rehearsal.calls, inputs))]
+        self._results: list[Any] = [None] * len(self._places)
+        self._output = self._places[id(output)]
+
+    def replay(self) -> Tensor:
+        results = self._results
+        for function, args, kwargs, moved, kept, kept_each in self._steps:
+            for container, key, place in moved:
+                container[key] = results[place]
+            result = function(*args, **kwargs)
+            if kept is not None:
+                results[kept] = result
+            for each, tensor in zip(kept_each, result, strict=True) if kept_each else ():
+                if each is not None:
+                    results[each] = tensor
+        output: Tensor = results[self._output]
+        return output
+
+    def _step(self, call: _Call) -> _Step:
+        moved: list[tuple[Any, Any, int]] = []
+        args, kwargs = self._arguments(list(call.args), moved), self._arguments(call.kwargs, moved)
+        several = isinstance(call.result, (list, tuple))
+        kept = None if several else self._keep(call.result)
+        return _Step(
+            call.function, args, kwargs, moved, kept, [self._keep(each) for each in call.result] if several else []
+        )
+
+    def _arguments(self, given: Any, moved: list[tuple[Any, Any, int]]) -> Any:
+        """A copy of arguments, to be changed."""
+        if not isinstance(given, (list, tuple, dict)):
+            return given
+        copy: Any = dict(given) if isinstance(given, dict) else list(given)
+        for key, value in given.items() if isinstance(given, dict) else enumerate(given):
+            copy[key] = self._arguments(value, moved)
+            if isinstance(value, Tensor) and id(value) in self._places:
+                moved.append((copy, key, self._places[id(value)]))
+        return copy
+
+    def _keep(self, result: Any) -> int | None:
+        if not isinstance(result, Tensor) or id(result) in self._places:
+            return None
+        return self._places.setdefault(id(result), len(self._places))
+
+
+def _size_depends_on_values(function: Any, args: tuple[Any, ...]) -> bool:
+    if function is torch.ops.aten.index.Tensor:
+        return any(places is not None and places.dtype in (torch.bool, torch.uint8) for places in args[1])
+    return torch.Tag.dynamic_output_shape in function.tags
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, as long as they live."""
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
+
+
+def _check_origins(calls: list[_Call]) -> None:
+    """Raises CannotBeRecorded for a tensor of which no operator says how it came from the results of others."""
+    known: set[int] = set()
+    own: set[int] = set()
+    others: set[int] = set()
+    for call in calls:
+        for tensor in call.given():
+            if id(tensor) not in known and _memory(tensor) in own:
+                raise CannotBeRecorded(f"{call.function} of a tensor that came past the operators")
+            others.add(_memory(tensor))
+        for tensor in _tensors(call.result):
+            known.add(id(tensor))
+            if _memory(tensor) not in others:
+                own.add(_memory(tensor))
+
+
+def _changing(calls: list[_Call], inputs: Iterable[Tensor]) -> list[_Call]:
+    """Those whose results may differ from one time to the next."""
+    memory = {_memory(tensor) for tensor in inputs} | {_memory(tensor) for call in calls for tensor in call.written()}
+    kept = []
+    for call in calls:
+        touched = {_memory(tensor) for tensor in (*call.given(), *_tensors(call.result))}
+        if touched & memory or torch.Tag.nondeterministic_seeded in call.function.tags:
+            memory |= touched & {_memory(tensor) for tensor in _tensors(call.result)}
+            kept.append(call)
+    return kept
+
+
+def _with_blocks_joined(calls: list[_Call]) -> list[_Call]:
+    joined: list[_Call] = []
+    for call in calls:
+        last = joined[-1] if joined else None
+        if last is not None and call.function is last.function is decoder_blocks and _follows(call, last):
+            args = tuple(
+                last.args[i] if i in SHARED_ARGUMENTS else [*last.args[i], *given] for i, given in enumerate(call.args)
+            )
+            joined[-1] = _Call(decoder_blocks, args, {}, call.result)
+        else:
+            joined.append(call)
+    return joined
+
+
+def _follows(call: _Call, last: _Call) -> bool:
+    """Whether a call of blocks goes on from the result of the last, with all that blocks share."""
+    hidden, *_ = call.args
+    return hidden is last.result and all(
+        call.args[i] is last.args[i] or (type(call.args[i]) is int and call.args[i] == last.args[i])
+        for i in SHARED_ARGUMENTS[1:]
+    )
