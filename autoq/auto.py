@@ -20,8 +20,8 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
-from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.nn.spread import connect, disconnect, is_offloaded
+from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.ops import MODES
 from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
 from autoq.quantization.calibration import load_calibration
@@ -134,7 +134,7 @@ class AutoQForCausalLM(nn.Module):
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
         fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; on a GPU
-            whole decoding steps are recorded, as CUDA graphs on a GPU. False runs transformers' own.
+            whole decoding steps are recorded, on a GPU as CUDA graphs. False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
             fused: half the memory of a long context, and less to read. None keeps them in the model's dtype.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are

@@ -10,8 +10,8 @@ from autoq.architectures import architecture_of
 from autoq.architectures.base import named_linears
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
-from autoq.nn.steps import record_steps
 from autoq.nn.linear import replace_module
+from autoq.nn.steps import record_steps
 from autoq.quantization.weight import quantize
 
 SHAPES = {

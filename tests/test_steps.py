@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from autoq import AutoQForCausalLM
 from autoq.nn import steps as recorded_steps
 from autoq.nn.block import unfuse_blocks
-from autoq.nn.steps import RecordedSteps
 from autoq.nn.recording import HostRecording
+from autoq.nn.steps import RecordedSteps
 
 LLAMA = variant("llama-gqa")
 

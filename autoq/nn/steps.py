@@ -7,8 +7,9 @@ whatever changes from token to token is kept in tensors that stay: the token, it
 the cache, which the operator of the blocks and transformers' own code then read from a tensor, as they do with
 transformers' static cache.
 
-`RecordedSteps` takes the place of the model's forward. It replays what it can and hands everything else to the model's own
-forward, with the same result: prompts, gradients, hooks, other caches, whatever the fused blocks themselves cannot run.
+`RecordedSteps` takes the place of the model's forward. It replays what it can and hands everything else to the model's
+own forward, with the same result: prompts, gradients, hooks, other caches, whatever the fused blocks themselves cannot
+run.
 """
 
 from __future__ import annotations
