@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import statistics
 import sys
@@ -129,16 +130,20 @@ def greedy_step(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     cache: the `past_key_values` of the step before, or None at the start.
     """
     # As generate() does: the head is applied to the last position only, where the model can.
-    options = {"logits_to_keep": 1} if "logits_to_keep" in _forward_arguments(module_of(model)) else {}
+    module = module_of(model)
+    names = _arguments(type(module).forward)
+    inner = getattr(module, "model", None)
+    if "input_ids" not in names and isinstance(inner, nn.Module):  # a wrapper passes all of them on
+        names = _arguments(type(inner).forward)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     output = model(ids, past_key_values=cache, use_cache=True, **options)
     return output.logits[:, -1:].argmax(dim=-1), output.past_key_values
 
 
-def _forward_arguments(module: nn.Module) -> set[str]:
-    """Names of the arguments of a model's forward, also where a wrapper passes all of them on."""
-    names = set(inspect.signature(module.forward).parameters)
-    inner = getattr(module, "model", None)
-    return _forward_arguments(inner) if "input_ids" not in names and isinstance(inner, nn.Module) else names
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    """The names of a function's arguments."""
+    return set(inspect.signature(function).parameters)
 
 
 def peak_process_bytes() -> int | None:
