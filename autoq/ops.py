@@ -7,8 +7,8 @@ kernels where it is installed. The packed layout is drawn in csrc/layout.h:
     scales fp16  [row_blocks, groups, 16]
     zeros  uint8 [row_blocks, groups, 16]
 
-A row's words of a unit hold its codes in order, the first in the lowest bits. Codes of 3 bits are cut into a plane of
-their low two bits (two words) and one of their high bit (one word).
+A row's words of a unit hold its codes in order, the first in the lowest bits. Of 3 bits, four codes share a byte of one
+word and half a byte of another.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ LANES = 16
 UNIT = 32
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("exact", "int8")
-
-# Widths of the planes into which codes are cut; a plane of width w takes w words of a unit.
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 # The reference dequantizes this many weights at a time, so that it needs no dense copy of a large layer.
 _REFERENCE_PANEL = 2**25
@@ -173,49 +170,59 @@ def _check_dequantize(packed: PackedWeight, bits: int, out_features: int, in_fea
 # ---- the layout ------------------------------------------------------------------------------------------------------
 
 
-def _pack_plane(fields: Tensor, width: int) -> Tensor:
-    """Fields of `width` bits, uint8 `[rows, columns]`, as words, int32 `[row_blocks, units, width, 16]`."""
-    rows, columns = fields.shape
-    parts = fields.view(rows, -1, 8 // width)
-    packed = parts[:, :, 0].clone()
-    for i in range(1, 8 // width):
-        packed |= parts[:, :, i] << (width * i)
-    words = packed.view(torch.int32).view(rows // LANES, LANES, columns // UNIT, width)
-    return words.permute(0, 2, 3, 1)
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
+    out_features, in_features = codes.shape
+    codes = functional.pad(codes, (0, -in_features % UNIT, 0, -out_features % LANES)).contiguous()
+    packed = _pack_three_bits(codes) if bits == 3 else _join_fields(codes, bits)
+    words = packed.view(torch.int32).view(codes.shape[0] // LANES, LANES, codes.shape[1] // UNIT, bits)
+    return words.permute(0, 2, 3, 1).contiguous()
 
 
-def _unpack_plane(words: Tensor, width: int) -> Tensor:
-    """The inverse of `_pack_plane`."""
-    row_blocks, units, _, lanes = words.shape
+def _unpack_codes(words: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
+    row_blocks, _, _, lanes = words.shape
     # A clone, because `contiguous` leaves strides of dimensions of size 1 as they are, and `view` objects to them.
     words = words.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     packed = words.view(torch.uint8).view(row_blocks * lanes, -1)
+    codes = _unpack_three_bits(packed) if bits == 3 else _split_fields(packed, bits)
+    return codes[:out_features, :in_features].contiguous()
+
+
+def _join_fields(fields: Tensor, width: int) -> Tensor:
+    """Fields of `width` bits, uint8 `[rows, columns]`, as bytes, `[rows, columns * width / 8]`."""
+    parts = fields.view(fields.shape[0], -1, 8 // width)
+    packed = parts[:, :, 0].clone()
+    for i in range(1, 8 // width):
+        packed |= parts[:, :, i] << (width * i)
+    return packed
+
+
+def _split_fields(packed: Tensor, width: int) -> Tensor:
+    """The inverse of `_join_fields`."""
     if width == 8:
         return packed
     fields = packed.new_empty(*packed.shape, 8 // width)
     for i in range(8 // width):
         torch.bitwise_and(packed >> (width * i), 2**width - 1, out=fields[:, :, i])
-    return fields.view(row_blocks * lanes, units * UNIT)
+    return fields.view(packed.shape[0], -1)
 
 
-def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    out_features, in_features = codes.shape
-    codes = functional.pad(codes, (0, -in_features % UNIT, 0, -out_features % LANES)).contiguous()
-    planes, shift = [], 0
-    for width in _PLANES[bits]:
-        planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
-        shift += width
-    return torch.cat(planes, dim=2)
+def _pack_three_bits(codes: Tensor) -> Tensor:
+    """Codes, uint8 `[rows, units * 32]`, as bytes `[rows, units * 12]`, drawn in csrc/layout.h."""
+    parts = codes.view(codes.shape[0], -1, 2, 4, 4)  # rows, units, halves, bytes, codes
+    first, second, third, fourth = parts.unbind(-1)
+    own = first | second << 3 | (fourth & 3) << 6
+    shared = third | (fourth & 4) << 1
+    both = shared[:, :, 0] | shared[:, :, 1] << 4
+    return torch.cat((own.flatten(2), both), dim=2).flatten(1)
 
 
-def _unpack_codes(words: Tensor, bits: int, out_features: int, in_features: int) -> Tensor:
-    codes, shift = None, 0
-    for width, plane in zip(_PLANES[bits], words.split(_PLANES[bits], dim=2), strict=True):
-        fields = _unpack_plane(plane, width) << shift
-        codes = fields if codes is None else codes.bitwise_or_(fields)
-        shift += width
-    assert codes is not None
-    return codes[:out_features, :in_features].contiguous()
+def _unpack_three_bits(packed: Tensor) -> Tensor:
+    """The inverse of `_pack_three_bits`."""
+    words = packed.view(packed.shape[0], -1, 3, 4)
+    own, both = words[:, :, :2], words[:, :, 2:]
+    shared = torch.cat((both & 15, both >> 4), dim=2)
+    codes = (own & 7, own >> 3 & 7, shared & 7, own >> 6 | (shared & 8) >> 1)
+    return torch.stack(codes, dim=-1).flatten(1)
 
 
 def _pack_parameters(parameters: Tensor) -> Tensor:

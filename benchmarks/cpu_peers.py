@@ -43,6 +43,8 @@ def main() -> None:
     arguments = _arguments()
     bench = Bench(arguments, _command())
     try:
+        if arguments.work is not None:
+            arguments.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
             if arguments.engines:
                 ModelBench(bench).measure(Path(folder))

@@ -130,17 +130,21 @@ void pack_unit(const uint8_t* codes, int bits, int32_t* words) {
     } else if (bits == 4) {
         for (int j = 0; j < 4; ++j)
             words[j * kLanes] = static_cast<int32_t>(gather_fields(load_eight(codes + 8 * j), 4));
-    } else {
-        constexpr uint64_t kLow = 0x0303030303030303u, kHigh = 0x0101010101010101u;
-        for (int j = 0; j < 2; ++j) {
-            const uint32_t first = gather_fields(load_eight(codes + 16 * j) & kLow, 2);
-            const uint32_t second = gather_fields(load_eight(codes + 16 * j + 8) & kLow, 2);
-            words[j * kLanes] = static_cast<int32_t>(first | second << 16);
+    } else if (bits == 3) {
+        uint32_t packed[3] = {0, 0, 0};
+        for (int i = 0; i < 8; ++i) {  // four codes at a time
+            const int half = i / 4, byte = i % 4 * 8;
+            uint32_t four;
+            std::memcpy(&four, codes + 4 * i, 4);
+            packed[half] |= ((four & 7) | (four >> 5 & 0x38) | (four >> 18 & 0xc0)) << byte;
+            packed[2] |= ((four >> 16 & 7) | (four >> 23 & 8)) << (byte + 4 * half);
         }
-        if (bits == 3) {
-            uint32_t high = 0;
-            for (int j = 0; j < 4; ++j) high |= gather_fields(load_eight(codes + 8 * j) >> 2 & kHigh, 1) << (8 * j);
-            words[2 * kLanes] = static_cast<int32_t>(high);
+        for (int j = 0; j < 3; ++j) words[j * kLanes] = static_cast<int32_t>(packed[j]);
+    } else {
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t first = gather_fields(load_eight(codes + 16 * j), 2);
+            const uint32_t second = gather_fields(load_eight(codes + 16 * j + 8), 2);
+            words[j * kLanes] = static_cast<int32_t>(first | second << 16);
         }
     }
 }

@@ -13,8 +13,12 @@
 //
 //   bits 2, 4, 8: word j holds 32/bits consecutive codes; code i of the unit is in word i / (32/bits), at bit
 //                 bits * (i % (32/bits)).
-//   bits 3:       words 0 and 1 hold the low two bits of the codes exactly as for 2 bits; word 2 holds the high bit
-//                 of code i at bit i. A 3-bit field would straddle words and cost shifts that depend on the column.
+//   bits 3:       four codes in a row, 4 b .. 4 b + 3 of a half of 16, take byte b of a word and half of byte b of
+//                 another, so that masks and shifts that are the same for all bytes take them out again. Word h is
+//                 that of half h, word 2 that of both:
+//
+//                   word h, byte b    | low two bits of code 3 | code 1 | code 0 |
+//                   word 2, byte b    | code 3's high bit, code 2 (half 1) | the same (half 0) |
 //
 //   scales [row_blocks][groups][16] fp16, zeros [row_blocks][groups][16] uint8
 //
@@ -62,11 +66,15 @@ struct PackedWeight {
 
 // Code `i` (0 .. 31) of one row of a unit. `word` points at the row's lane of the unit's first word.
 AUTOQ_HOST_DEVICE inline uint32_t decode(const uint32_t* word, int bits, int i) {
-    const int field = bits == 3 ? 2 : bits;
-    const int fields = 32 / field;  // in a word
-    const uint32_t low = (word[(i / fields) * kLanes] >> (field * (i % fields))) & ((1u << field) - 1);
-    if (bits != 3) return low;
-    return low | (((word[2 * kLanes] >> i) & 1u) << 2);
+    if (bits == 3) {
+        const int half = i / kHalfColumns, byte = i % kHalfColumns / 4, place = i % 4;
+        const uint32_t own = word[half * kLanes] >> (8 * byte);
+        const uint32_t shared = word[2 * kLanes] >> (8 * byte + 4 * half);
+        if (place < 2) return (own >> (3 * place)) & 7u;
+        return place == 2 ? shared & 7u : ((own >> 6) & 3u) | ((shared >> 1) & 4u);
+    }
+    const int fields = 32 / bits;  // in a word
+    return (word[(i / fields) * kLanes] >> (bits * (i % fields))) & ((1u << bits) - 1);
 }
 
 }  // namespace autoq

@@ -22,6 +22,16 @@ def test_gpu_models_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     assert "| tiny | decode | 2 | 40 | autoq 4 bits |" in (tmp_path / "models.md").read_text()
 
 
+def test_long_generation_measures_every_window(tmp_path: Path) -> None:
+    script = [sys.executable, BENCHMARKS / "long_generation.py", "--shape", "tiny", "--output", tmp_path / "long"]
+    subprocess.run([*script, "--tokens", "48", "--window", "16"], check=True, timeout=280)
+    windows = json.loads((tmp_path / "long.json").read_text())
+    assert [window["tokens"] for window in windows] == [16, 32, 48]
+    assert all(window["ms"] > 0 and window["resident_bytes"] > 1e8 for window in windows)
+    assert windows[-1]["cache_bytes"] == 48 * 2 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, bytes
+    assert "| 48 |" in (tmp_path / "long.md").read_text()
+
+
 def test_cpu_peers_measures_what_is_installed(tmp_path: Path) -> None:
     output = tmp_path / "peers"
     command = [sys.executable, BENCHMARKS / "cpu_peers.py", "--quick", "--rounds", "1", "--threads", "1"]

@@ -63,13 +63,13 @@ def read_code(packed: PackedWeight, bits: int, row: int, column: int) -> int:
     unit, index = divmod(column, 32)
     words = [int(word) & 0xFFFFFFFF for word in packed.codes[block, unit, :, lane]]
 
-    def field(stream: list[int], width: int) -> int:
-        bit_string = sum(word << (32 * i) for i, word in enumerate(stream))
-        return (bit_string >> (width * index)) % 2**width
-
     if bits == 3:
-        return field(words[:2], 2) + 4 * field(words[2:], 1)
-    return field(words, bits)
+        half, place = divmod(index, 16)
+        byte, code = divmod(place, 4)
+        own, shared = words[half] >> 8 * byte, words[2] >> 8 * byte + 4 * half
+        return [own % 8, (own >> 3) % 8, shared % 8, (own >> 6) % 4 + 4 * ((shared >> 3) % 2)][code]
+    bit_string = sum(word << (32 * i) for i, word in enumerate(words))
+    return (bit_string >> (bits * index)) % 2**bits
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -149,25 +149,19 @@ AUTOQ_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m256i (&out
             out[2 * w] = _mm256_and_si256(word, mask);
             out[2 * w + 1] = _mm256_and_si256(_mm256_srli_epi32(word, 4), mask);
         }
-    } else {
-        const __m256i mask = _mm256_set1_epi8(0x03);
+    } else if constexpr (BITS == 3) {
         const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
-        const __m256i low = load_words(unit + (half % 2) * kLanes);
-        for (int p = 0; p < 4; ++p) out[p] = _mm256_and_si256(_mm256_srli_epi32(low, 2 * p), mask);
-        if constexpr (BITS == 3) {
-            // The half's sixteen high bits, spread to four in the low half of each byte: bit p of byte b is the
-            // high bit of column 4 * b + p.
-            __m256i high = _mm256_srli_epi32(load_words(unit + 2 * kLanes), static_cast<int>(half % 2) * 16);
-            high = _mm256_and_si256(high, _mm256_set1_epi32(0xffff));
-            high = _mm256_or_si256(high, _mm256_slli_epi32(high, 8));
-            high = _mm256_and_si256(high, _mm256_set1_epi32(0x00ff00ff));
-            high = _mm256_or_si256(high, _mm256_slli_epi32(high, 4));
-            const __m256i bit = _mm256_set1_epi8(0x04);
-            for (int p = 0; p < 4; ++p) {
-                const __m256i moved = p < 2 ? _mm256_slli_epi32(high, 2 - p) : _mm256_srli_epi32(high, p - 2);
-                out[p] = _mm256_or_si256(out[p], _mm256_and_si256(moved, bit));
-            }
-        }
+        const __m256i own = load_words(unit + (half % 2) * kLanes), mask = _mm256_set1_epi8(0x07);
+        const __m256i shared = _mm256_srli_epi32(load_words(unit + 2 * kLanes), half % 2 == 0 ? 0 : 4);
+        const __m256i low = _mm256_and_si256(_mm256_srli_epi32(own, 6), _mm256_set1_epi8(0x03));
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi32(shared, 1), _mm256_set1_epi8(0x04));
+        out[0] = _mm256_and_si256(own, mask);
+        out[1] = _mm256_and_si256(_mm256_srli_epi32(own, 3), mask);
+        out[2] = _mm256_and_si256(shared, mask);
+        out[3] = _mm256_or_si256(low, high);
+    } else {
+        const __m256i word = load_words(codes + half * kLanes), mask = _mm256_set1_epi8(0x03);
+        for (int p = 0; p < 4; ++p) out[p] = _mm256_and_si256(_mm256_srli_epi32(word, 2 * p), mask);
     }
 }
 
@@ -445,14 +439,20 @@ AUTOQ_INLINE __m256i columns_of_row(const uint32_t* unit, int64_t part) {
     } else if constexpr (BITS == 4) {
         const __m256i words = _mm256_set1_epi32(static_cast<int>(unit[part * kLanes]));
         return _mm256_and_si256(_mm256_srlv_epi32(words, _mm256_slli_epi32(lane, 2)), _mm256_set1_epi32(15));
+    } else if constexpr (BITS == 3) {
+        const int64_t half = part / 2, first = part % 2 * 16;
+        const __m256i own = _mm256_set1_epi32(static_cast<int>(unit[half * kLanes] >> first));
+        const __m256i shared = _mm256_set1_epi32(static_cast<int>(unit[2 * kLanes] >> (first + half * 4)));
+        // Of columns 0, 1, 2 and 3 of a byte: where they begin in each word, and which bits are theirs.
+        const __m256i own_shift = _mm256_setr_epi32(0, 3, 0, 6, 8, 11, 8, 14);
+        const __m256i shared_shift = _mm256_setr_epi32(0, 0, 0, 1, 8, 8, 8, 9);
+        const __m256i own_bits = _mm256_setr_epi32(7, 7, 0, 3, 7, 7, 0, 3);
+        const __m256i shared_bits = _mm256_setr_epi32(0, 0, 7, 4, 0, 0, 7, 4);
+        return _mm256_or_si256(_mm256_and_si256(_mm256_srlv_epi32(own, own_shift), own_bits),
+                               _mm256_and_si256(_mm256_srlv_epi32(shared, shared_shift), shared_bits));
     } else {
         const __m256i words = _mm256_set1_epi32(static_cast<int>(unit[(part / 2) * kLanes] >> (part % 2 * 16)));
-        const __m256i low = _mm256_srlv_epi32(words, _mm256_slli_epi32(lane, 1));
-        const __m256i code = _mm256_and_si256(low, _mm256_set1_epi32(3));
-        if constexpr (BITS == 2) return code;
-        const __m256i high_words = _mm256_set1_epi32(static_cast<int>(unit[2 * kLanes] >> (part * 8)));
-        const __m256i high = _mm256_slli_epi32(_mm256_srlv_epi32(high_words, lane), 2);
-        return _mm256_or_si256(code, _mm256_and_si256(high, _mm256_set1_epi32(4)));
+        return _mm256_and_si256(_mm256_srlv_epi32(words, _mm256_slli_epi32(lane, 1)), _mm256_set1_epi32(3));
     }
 }
 

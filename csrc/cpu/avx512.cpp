@@ -390,14 +390,18 @@ AUTOQ_INLINE __m512i columns_of_row(const uint32_t* unit, int64_t half) {
         const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(word[0]), 0xff00, word[kLanes]);
         const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2);
         return _mm512_srlv_epi32(words, shift);
+    } else if constexpr (BITS == 3) {
+        const __m512i own = _mm512_set1_epi32(unit[half * kLanes]);
+        const __m512i shared = _mm512_set1_epi32(unit[2 * kLanes] >> (half * 4));
+        // Of columns 0, 1, 2 and 3 of a byte: where they begin in each word, and which bits are theirs.
+        const __m512i byte = _mm512_slli_epi32(_mm512_srli_epi32(lane, 2), 3);
+        const __m512i own_shift = _mm512_add_epi32(byte, _mm512_set4_epi32(6, 0, 3, 0));
+        const __m512i shared_shift = _mm512_add_epi32(byte, _mm512_set4_epi32(1, 0, 0, 0));
+        const __m512i low = _mm512_and_si512(_mm512_srlv_epi32(own, own_shift), _mm512_set4_epi32(3, 0, 7, 7));
+        const __m512i high = _mm512_and_si512(_mm512_srlv_epi32(shared, shared_shift), _mm512_set4_epi32(4, 7, 0, 0));
+        return _mm512_or_si512(low, high);
     } else {
-        const __m512i words = _mm512_set1_epi32(unit[half * kLanes]);
-        const __m512i low = _mm512_srlv_epi32(words, _mm512_slli_epi32(lane, 1));
-        if constexpr (BITS == 2) return low;
-        const __m512i high_words = _mm512_set1_epi32(unit[2 * kLanes] >> (half * 16));
-        const __m512i high = _mm512_slli_epi32(_mm512_srlv_epi32(high_words, lane), 2);
-        return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(3)),
-                               _mm512_and_si512(high, _mm512_set1_epi32(4)));
+        return _mm512_srlv_epi32(_mm512_set1_epi32(unit[half * kLanes]), _mm512_slli_epi32(lane, 1));
     }
 }
 

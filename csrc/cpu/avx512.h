@@ -76,7 +76,7 @@ AUTOQ_AVX512_INLINE __m512 load_zeros(const PackedWeight& weight, int64_t row_bl
 // The codes of one half of a unit (16 columns of 16 rows) as bytes: register p has in each lane the four columns
 // `column_of(BITS, 4 * p + byte)`.
 // `SHIFTED`: those of the odd registers are `odd_shift(BITS)` bits higher, which saves the shifts back.
-constexpr int odd_shift(int bits) { return bits == 4 ? 4 : 0; }
+constexpr int odd_shift(int bits) { return bits == 4 ? 4 : bits == 3 ? 3 : 0; }
 
 template <int BITS, bool SHIFTED = false>
 AUTOQ_AVX512_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512i (&out)[4]) {
@@ -90,26 +90,25 @@ AUTOQ_AVX512_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512
             out[2 * w + 1] =
                 SHIFTED ? _mm512_andnot_si512(mask, word) : _mm512_and_si512(_mm512_srli_epi32(word, 4), mask);
         }
-    } else {
-        const __m512i mask = _mm512_set1_epi8(0x03);
+    } else if constexpr (BITS == 3) {
         const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
-        const __m512i low = _mm512_loadu_si512(unit + (half % 2) * kLanes);
-        for (int p = 0; p < 4; ++p) out[p] = _mm512_and_si512(_mm512_srli_epi32(low, 2 * p), mask);
-        if constexpr (BITS == 3) {
-            // The half's sixteen high bits, spread to four in the low half of each byte: bit p of byte b is the
-            // high bit of column 4 * b + p.
-            const unsigned shift = static_cast<unsigned>(half % 2) * 16;
-            __m512i high = _mm512_srli_epi32(_mm512_loadu_si512(unit + 2 * kLanes), shift);
-            high = _mm512_and_si512(high, _mm512_set1_epi32(0xffff));
-            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 8));
-            high = _mm512_and_si512(high, _mm512_set1_epi32(0x00ff00ff));
-            high = _mm512_or_si512(high, _mm512_slli_epi32(high, 4));
-            const __m512i bit = _mm512_set1_epi8(0x04);
-            for (int p = 0; p < 4; ++p) {
-                const __m512i moved = p < 2 ? _mm512_slli_epi32(high, 2 - p) : _mm512_srli_epi32(high, p - 2);
-                out[p] = _mm512_or_si512(out[p], _mm512_and_si512(moved, bit));
-            }
+        const __m512i own = _mm512_loadu_si512(unit + (half % 2) * kLanes);
+        const __m512i shared = _mm512_srli_epi32(_mm512_loadu_si512(unit + 2 * kLanes), half % 2 == 0 ? 0 : 4);
+        const __m512i mask = _mm512_set1_epi8(0x07), high = _mm512_set1_epi8(SHIFTED ? 0x20 : 0x04);
+        out[0] = _mm512_and_si512(own, mask);
+        out[2] = _mm512_and_si512(shared, mask);
+        if constexpr (SHIFTED) {
+            out[1] = _mm512_and_si512(own, _mm512_set1_epi8(0x38));
+            out[3] = _mm512_and_si512(_mm512_srli_epi32(own, 3), _mm512_set1_epi8(0x18));
+            out[3] = _mm512_or_si512(out[3], _mm512_and_si512(_mm512_slli_epi32(shared, 2), high));
+        } else {
+            out[1] = _mm512_and_si512(_mm512_srli_epi32(own, 3), mask);
+            out[3] = _mm512_and_si512(_mm512_srli_epi32(own, 6), _mm512_set1_epi8(0x03));
+            out[3] = _mm512_or_si512(out[3], _mm512_and_si512(_mm512_srli_epi32(shared, 1), high));
         }
+    } else {
+        const __m512i word = _mm512_loadu_si512(codes + half * kLanes), mask = _mm512_set1_epi8(0x03);
+        for (int p = 0; p < 4; ++p) out[p] = _mm512_and_si512(_mm512_srli_epi32(word, 2 * p), mask);
     }
 }
 

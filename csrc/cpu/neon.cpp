@@ -163,23 +163,20 @@ AUTOQ_INLINE void unpack_half(const uint32_t* codes, int64_t half, int8x16_t (&o
             bytes[2 * w] = vandq_u8(word, vdupq_n_u8(15));
             bytes[2 * w + 1] = vshrq_n_u8(word, 4);
         }
-    } else {
+    } else if constexpr (BITS == 3) {
         const uint32_t* unit = codes + (half / 2) * BITS * kLanes;
-        const uint8x16_t low = load_words(unit + (half % 2) * kLanes), mask = vdupq_n_u8(3);
-        bytes[0] = vandq_u8(low, mask);
-        bytes[1] = vandq_u8(vshrq_n_u8(low, 2), mask);
-        bytes[2] = vandq_u8(vshrq_n_u8(low, 4), mask);
-        bytes[3] = vshrq_n_u8(low, 6);
-        if constexpr (BITS == 3) {
-            // The half's two bytes of high bits, each twice: bit 4 * (b % 2) + p of byte b is that of column 4 * b + p.
-            constexpr uint8_t kTwice[16] = {0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13};
-            const uint8x16_t order = vaddq_u8(vld1q_u8(kTwice), vdupq_n_u8(static_cast<uint8_t>(half % 2 * 2)));
-            const uint8x16_t high = vqtbl1q_u8(load_words(unit + 2 * kLanes), order);
-            for (int p = 0; p < 4; ++p) {
-                const uint8x16_t bit = vreinterpretq_u8_u16(vdupq_n_u16(static_cast<uint16_t>(0x1001 << p)));
-                bytes[p] = vorrq_u8(bytes[p], vandq_u8(vtstq_u8(high, bit), vdupq_n_u8(4)));
-            }
-        }
+        const uint8x16_t own = load_words(unit + (half % 2) * kLanes), both = load_words(unit + 2 * kLanes);
+        const uint8x16_t shared = half % 2 == 0 ? both : vshrq_n_u8(both, 4), mask = vdupq_n_u8(7);
+        bytes[0] = vandq_u8(own, mask);
+        bytes[1] = vandq_u8(vshrq_n_u8(own, 3), mask);
+        bytes[2] = vandq_u8(shared, mask);
+        bytes[3] = vorrq_u8(vshrq_n_u8(own, 6), vandq_u8(vshrq_n_u8(shared, 1), vdupq_n_u8(4)));
+    } else {
+        const uint8x16_t word = load_words(codes + half * kLanes), mask = vdupq_n_u8(3);
+        bytes[0] = vandq_u8(word, mask);
+        bytes[1] = vandq_u8(vshrq_n_u8(word, 2), mask);
+        bytes[2] = vandq_u8(vshrq_n_u8(word, 4), mask);
+        bytes[3] = vshrq_n_u8(word, 6);
     }
     for (int p = 0; p < 4; ++p) out[p] = vreinterpretq_s8_u8(bytes[p]);
 }
@@ -482,14 +479,16 @@ void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, co
 // Four consecutive columns of one row: eighth `part` (0 .. 7) of a unit, `unit` pointing at the row's lane.
 template <int BITS>
 AUTOQ_INLINE uint32x4_t columns_of_row(const uint32_t* unit, int64_t part) {
-    constexpr int kField = BITS == 3 ? 2 : BITS;
-    constexpr int32_t kShifts[4] = {0, -kField, -2 * kField, -3 * kField};
-    const uint32_t word = unit[(part * kField / 8) * kLanes] >> (part * 4 * kField % 32);
-    const uint32x4_t code = vandq_u32(vshlq_u32(vdupq_n_u32(word), vld1q_s32(kShifts)), vdupq_n_u32((1 << kField) - 1));
-    if constexpr (BITS != 3) return code;
-    constexpr uint32_t kHighBits[4] = {1, 2, 4, 8};
-    const uint32x4_t high = vtstq_u32(vdupq_n_u32(unit[2 * kLanes] >> (part * 4)), vld1q_u32(kHighBits));
-    return vorrq_u32(code, vandq_u32(high, vdupq_n_u32(4)));
+    uint32_t fields;  // of one code after the other
+    if constexpr (BITS == 3) {
+        const int64_t half = part / 4, byte = part % 4 * 8;
+        const uint32_t own = unit[half * kLanes] >> byte, shared = unit[2 * kLanes] >> (byte + half * 4);
+        fields = (own & 63) | (shared & 7) << 6 | (own >> 6 & 3) << 9 | (shared >> 3 & 1) << 11;
+    } else {
+        fields = unit[(part * BITS / 8) * kLanes] >> (part * 4 * BITS % 32);
+    }
+    constexpr int32_t kShifts[4] = {0, -BITS, -2 * BITS, -3 * BITS};
+    return vandq_u32(vshlq_u32(vdupq_n_u32(fields), vld1q_s32(kShifts)), vdupq_n_u32((1 << BITS) - 1));
 }
 
 template <int BITS, Float DTYPE>

@@ -16,8 +16,11 @@ template <int kBits>
 __device__ __forceinline__ int code(uint32_t low, uint32_t high, int t, int i) {
     if constexpr (kBits == 8) return ((i < 4 ? low : high) >> (8 * (i % 4))) & 255;
     if constexpr (kBits == 4) return (low >> (4 * i)) & 15;
-    const uint32_t field = (low >> (16 * (t % 2) + 2 * i)) & 3;
-    return kBits == 2 ? field : field | ((high >> (8 * t + i)) & 1) << 2;
+    if constexpr (kBits == 2) return (low >> (16 * (t % 2) + 2 * i)) & 3;
+    const int byte = 16 * (t % 2) + i / 4 * 8, place = i % 4;
+    const uint32_t own = low >> byte, shared = high >> (byte + t / 2 * 4);
+    if (place < 2) return (own >> (3 * place)) & 7;
+    return place == 2 ? shared & 7 : ((own >> 6) & 3) | ((shared >> 1) & 4);
 }
 
 // Stores eight values, of which `count` are inside; all at once where the rows are aligned to that.

@@ -46,6 +46,8 @@ struct DeviceProperties {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <mutex>
+
 namespace autoq::cuda {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
@@ -238,26 +240,41 @@ inline const char* message(cudaError_t error) { return error == cudaSuccess ? nu
 // Of the current device. Returns null, or what went wrong.
 inline const char* device_properties(DeviceProperties& found) {
     constexpr int kDevices = 64;
-    static DeviceProperties known[kDevices];  // all zero until asked for; threads that race write the same
+    static struct {
+        std::once_flag once;
+        DeviceProperties properties;
+        const char* error;
+    } known[kDevices];
     int device = 0;
     if (const char* error = message(cudaGetDevice(&device))) return error;
-    DeviceProperties& cached = known[device % kDevices];
-    if (device < kDevices && cached.major > 0) {
-        found = cached;
-        return nullptr;
-    }
-    const struct {
-        cudaDeviceAttr attribute;
-        int* value;
-    } wanted[] = {{cudaDevAttrMultiProcessorCount, &found.multiprocessors},
-                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, &found.shared_bytes_per_block},
-                  {cudaDevAttrComputeCapabilityMinor, &found.minor},
-                  {cudaDevAttrComputeCapabilityMajor, &found.major}};
-    for (const auto& [attribute, value] : wanted) {
-        if (const char* error = message(cudaDeviceGetAttribute(value, attribute, device))) return error;
-    }
-    if (device < kDevices) cached = found;
-    return nullptr;
+    if (device >= kDevices) return "there are more devices than the kernels know of";
+    auto& entry = known[device];
+    std::call_once(entry.once, [&] {
+        const struct {
+            cudaDeviceAttr attribute;
+            int* value;
+        } wanted[] = {{cudaDevAttrMultiProcessorCount, &entry.properties.multiprocessors},
+                      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &entry.properties.shared_bytes_per_block},
+                      {cudaDevAttrComputeCapabilityMinor, &entry.properties.minor},
+                      {cudaDevAttrComputeCapabilityMajor, &entry.properties.major}};
+        for (const auto& [attribute, value] : wanted) {
+            if (!entry.error) entry.error = message(cudaDeviceGetAttribute(value, attribute, device));
+        }
+    });
+    found = entry.properties;
+    return entry.error;
+}
+
+// Lets a kernel use as much shared memory as the device has. Every thread asks for the same, whatever its launch needs:
+// were it less, another thread's launch could come between.
+inline const char* allow_shared_memory(const void* function) {
+    DeviceProperties device{};
+    cudaFuncAttributes attributes{};
+    if (const char* error = device_properties(device)) return error;
+    if (const char* error = message(cudaFuncGetAttributes(&attributes, function))) return error;
+    const int most = device.shared_bytes_per_block - static_cast<int>(attributes.sharedSizeBytes);
+    if (attributes.maxDynamicSharedSizeBytes >= most) return nullptr;
+    return message(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // Launches on a stream (a cudaStream_t). Returns null, or what went wrong.
@@ -266,9 +283,7 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
                    std::type_identity_t<Parameters>... arguments) {
     const auto* function = reinterpret_cast<const void*>(kernel);
     if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
-        const auto bytes = static_cast<int>(shape.shared_bytes);
-        const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error != cudaSuccess) return cudaGetErrorString(error);
+        if (const char* error = allow_shared_memory(function)) return error;
     }
     void* pointers[] = {&arguments...};
     const dim3 grid(shape.grid.x, shape.grid.y, shape.grid.z), block(shape.block.x, shape.block.y, shape.block.z);

@@ -146,21 +146,22 @@ __device__ __forceinline__ void decode_row(uint32_t low, uint32_t high, int t, c
             pairs[i] = fma_pairs<T>(and_or(low >> (4 * i), 0x000f000fu, kMagic<T>), kOne<T>, zero.pair);
         }
     } else {
-        // Two planes: eight fields of two bits, and for three bits eight single ones; each spread so that columns i
-        // and i + 4 stand 16 bits apart.
-        const uint32_t fields = (low >> (16 * (t % 2))) & 0xffffu;
-        const uint32_t spread = fields | fields << 8;
-        uint32_t single = 0;
+        // Two bytes of a word, spread so that columns i and i + 4 stand 16 bits apart.
+        const auto spread = [&](uint32_t word) { return permute_bytes(word, 0u, t % 2 == 0 ? 0x4140 : 0x4342); };
+        const uint32_t own = spread(low);
+        uint32_t codes[4];
         if constexpr (kBits == 3) {
-            const uint32_t byte = (high >> (8 * t)) & 0xffu;
-            single = byte << 2 | byte << 14;
+            const uint32_t shared = spread(high) >> (t / 2 * 4);
+            codes[0] = and_or(own, 0x00070007u, kMagic<T>);
+            codes[1] = and_or(own >> 3, 0x00070007u, kMagic<T>);
+            codes[2] = and_or(shared, 0x00070007u, kMagic<T>);
+            codes[3] = and_or(shared >> 1, 0x00040004u, and_or(own >> 6, 0x00030003u, kMagic<T>));
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) codes[i] = and_or(own >> (2 * i), 0x00030003u, kMagic<T>);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint32_t code = and_or(spread >> (2 * i), 0x00030003u, kMagic<T>);
-            if constexpr (kBits == 3) code = and_or(single >> i, 0x00040004u, code);
-            pairs[i] = fma_pairs<T>(code, kOne<T>, zero.pair);
-        }
+        for (int i = 0; i < 4; ++i) pairs[i] = fma_pairs<T>(codes[i], kOne<T>, zero.pair);
     }
 }
 

@@ -40,9 +40,11 @@ __device__ __forceinline__ void let_the_next_kernel_start() {
 template <typename... Parameters, typename... Arguments>
 const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
                                Arguments... arguments) {
-    DeviceProperties device{};
-    if (const char* error = device_properties(device)) return error;
-    if (device.major < 9) return launch(kernel, shape, stream, arguments...);
+    // What runs may have been made from code for an older architecture, which does not wait.
+    cudaFuncAttributes attributes{};
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    if (const char* error = message(cudaFuncGetAttributes(&attributes, function))) return error;
+    if (attributes.ptxVersion < 90) return launch(kernel, shape, stream, arguments...);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
     config.blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);

@@ -42,10 +42,24 @@ struct Weight {
         const auto code = static_cast<uint32_t>(integer(1 << bits));
         const auto parameters = static_cast<size_t>(row * groups + column / (inputs / groups));
         dense.push_back((static_cast<int>(code) - zeros[parameters]) * static_cast<double>(scales[parameters]));
-        const int i = static_cast<int>(column % kUnitColumns), field = bits == 3 ? 2 : bits, fields = 32 / field;
+        const int i = static_cast<int>(column % kUnitColumns), fields = 32 / bits;
         uint32_t* unit = words.data() + (row / kLanes * units() + column / kUnitColumns) * bits * kLanes + row % kLanes;
-        unit[i / fields * kLanes] |= (code & ((1u << field) - 1)) << (field * (i % fields));
-        if (bits == 3) unit[2 * kLanes] |= (code >> 2) << i;
+        if (bits == 3) {
+            add_three_bits(unit, code, i / 16, i % 16 / 4, i % 4);
+        } else {
+            unit[i / fields * kLanes] |= code << (bits * (i % fields));
+        }
+    }
+
+    // Code `place` of the four in a byte of a half.
+    static void add_three_bits(uint32_t* unit, uint32_t code, int half, int byte, int place) {
+        uint32_t &own = unit[half * kLanes], &both = unit[2 * kLanes];
+        if (place < 2) own |= code << (8 * byte + 3 * place);
+        if (place == 2) both |= code << (8 * byte + 4 * half);
+        if (place == 3) {
+            own |= (code & 3) << (8 * byte + 6);
+            both |= (code >> 2) << (8 * byte + 4 * half + 3);
+        }
     }
 
     PackedWeight packed() const {
@@ -182,7 +196,9 @@ void test_linear() {
             const Weight weight(bits, shape.outputs, shape.inputs, shape.group_size);
             for (Float dtype : kDtypes) {
                 test_dense(weight, dtype);
-                for (int64_t rows = 1; rows <= (large ? 1 : 8); ++rows) {
+                // With matrix units, up to 16 rows are few.
+                for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 16}) {
+                    if (large && rows > 1) break;
                     test_products({true, Mode::kExact, rows}, weight, dtype, rows % 2 == 0);
                 }
                 for (Mode mode : {Mode::kExact, Mode::kInt8}) {
@@ -193,7 +209,7 @@ void test_linear() {
         }
     }
     for (Float dtype : kDtypes) {
-        test_strange_values({true, Mode::kExact, 7}, dtype);
+        for (int64_t rows : {3, 7, 13, 16}) test_strange_values({true, Mode::kExact, rows}, dtype);
         test_strange_values({false, Mode::kExact, 19}, dtype);
         test_strange_values({false, Mode::kInt8, 19}, dtype);
     }
