@@ -2,9 +2,10 @@
 
     python benchmarks/long_generation.py [--shape tinyllama-1.1b | --model DIR] [--tokens 512] [--window 64]
 
-Generates with `generate`, greedily, after a short prompt, twice: once to warm up, once measured. Of every window of
-tokens: the median time of one, and the resident memory of the process at its end, beside the bytes that the keys and
-values of all tokens so far take. Writes Markdown and JSON to benchmarks/results/.
+Generates with `generate`, greedily, after a short prompt, once to warm up and then in several rounds. Of every window
+of tokens: the median time of one token in all rounds, and the resident memory of the process at its end, the most of
+all rounds, beside the bytes that the keys and values of all tokens so far take. Writes Markdown and JSON to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Clock(BaseStreamer):
         if len(self.times) > 1 and (len(self.times) - 1) % self._window == 0:  # the prompt comes first
             self.memory.append(self._process.memory_info().rss)
 
+    def steps(self) -> list[float]:
+        """Milliseconds between one generated token and the next."""
+        return [1000 * (after - before) for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+
     def end(self) -> None:
         """Nothing: all tokens have come."""
 
@@ -50,17 +55,18 @@ def main() -> None:
         model = round_to_nearest(random_model(arguments.shape, torch.bfloat16), QuantConfig()).model
     else:
         model = AutoQForCausalLM.from_quantized(arguments.model, device_map="cpu", torch_dtype=torch.bfloat16).model
-    for _ in range(2):
-        clock = _generate(model, arguments.tokens, arguments.window)
-    steps = [1000 * (after - before) for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
+    _generate(model, arguments.tokens, arguments.window)
+    clocks = [_generate(model, arguments.tokens, arguments.window) for _ in range(arguments.rounds)]
     windows = [
         {
             "tokens": (i + 1) * arguments.window,
-            "ms": statistics.median(steps[i * arguments.window : (i + 1) * arguments.window]),
-            "resident_bytes": memory,
+            "ms": statistics.median(
+                step for clock in clocks for step in clock.steps()[i * arguments.window : (i + 1) * arguments.window]
+            ),
+            "resident_bytes": max(clock.memory[i] for clock in clocks),
             "cache_bytes": (i + 1) * arguments.window * _bytes_per_token(model),
         }
-        for i, memory in enumerate(clock.memory)
+        for i in range(arguments.tokens // arguments.window)
     ]
     table = _table(windows)
     print(table)
@@ -76,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b", help="with random weights")
     parser.add_argument("--model", type=Path, help="a quantized checkpoint instead")
     parser.add_argument("--tokens", type=int, default=512, help="to generate")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--window", type=int, default=64, help="tokens of a line of the table")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/long_generation"))
     return parser.parse_args()
