@@ -307,7 +307,9 @@ def _of_each(
 
 
 def _cut(values: list[Any], parts: int) -> list[list[Any]]:
-    size = len(values) // max(parts, 1)
+    if parts == 0 or len(values) % parts:
+        raise OperatorError(f"{len(values)} tensors or settings cannot be those of {parts} blocks; give each its own")
+    size = len(values) // parts
     return [values[i * size : (i + 1) * size] for i in range(parts)]
 
 

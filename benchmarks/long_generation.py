@@ -19,12 +19,13 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from autoq import AutoQForCausalLM, QuantConfig
+from autoq import AutoQForCausalLM, QuantConfig, __version__
 
 
 class Clock(BaseStreamer):
@@ -71,7 +72,11 @@ def main() -> None:
     table = _table(windows)
     print(table)
     name = arguments.shape if arguments.model is None else arguments.model.name
-    text = f"`python benchmarks/long_generation.py`, {name}, 4 bits, {device_name(torch.device('cpu'))}.\n\n{table}\n"
+    text = (
+        f"`python benchmarks/long_generation.py --rounds {arguments.rounds}`, {name}, 4 bits, "
+        f"{device_name(torch.device('cpu'))}; autoq {__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}.\n\n{table}\n"
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".json").write_text(json.dumps(windows, indent=2) + "\n")
     arguments.output.with_suffix(".md").write_text(text)
@@ -85,7 +90,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--window", type=int, default=64, help="tokens of a line of the table")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/long_generation"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.window < 2 or arguments.tokens < arguments.window:
+        parser.error("a window has at least two tokens, and there has to be one")
+    return arguments
 
 
 @torch.no_grad()

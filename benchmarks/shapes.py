@@ -56,7 +56,7 @@ def round_to_nearest(model: LlamaForCausalLM, config: QuantConfig) -> AutoQForCa
             replace_module(block, name, QuantLinear.from_weight(weight, linear.bias))
     if config.lm_head_bits is not None:
         weight = quantize(model.lm_head.weight.detach(), config.lm_head_bits, config.lm_head_group_size)
-        model.lm_head = QuantLinear.from_weight(weight)
+        replace_module(model, "lm_head", QuantLinear.from_weight(weight))
     fuse_blocks(model)
     record_steps(model)
     return AutoQForCausalLM(model, config)

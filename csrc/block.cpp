@@ -376,6 +376,7 @@ void check(const Block& block, const Context& context, const Tensor& hidden) {
 }
 
 void check_counts(const BlocksArguments& given, size_t blocks) {
+    STD_TORCH_CHECK(blocks > 0, "autoq::decoder_blocks: there are no keys, so there is no block");
     STD_TORCH_CHECK(given.tensors.size() == blocks * kPlaces && given.settings.size() == blocks * kSettings &&
                         given.constants.size() == blocks * kConstants,
                     "autoq::decoder_blocks: ", kPlaces, " tensors, ", kSettings, " settings and ", kConstants,

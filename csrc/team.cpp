@@ -66,6 +66,7 @@ void Team::loop(int64_t begin, int64_t end, int64_t grain, Body body, const void
     loops_.fetch_add(1, std::memory_order_release);
     run_chunks(0);
     wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Team::run_chunks(int64_t member) {
@@ -78,7 +79,12 @@ void Team::run_chunks(int64_t member) {
             claim = share.fetch_add(1, std::memory_order_acquire);
             if (next_of(claim) >= last_of(claim)) break;
             const int64_t begin = begin_ + next_of(claim) * chunk_;
-            body_(context_, begin, std::min(begin + chunk_, end_));
+            try {
+                body_(context_, begin, std::min(begin + chunk_, end_));
+            } catch (...) {
+                const std::lock_guard<std::mutex> guard(mutex_);
+                if (!error_) error_ = std::current_exception();
+            }
             unfinished_.fetch_sub(1, std::memory_order_release);
         }
     }

@@ -10,6 +10,8 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 namespace autoq {
@@ -21,7 +23,7 @@ class Team {
     // The team that the present thread leads, or null.
     static Team* current();
 
-    // Runs `program` with all of torch's threads at hand for its loops, which must not throw and run no others.
+    // Runs `program` with all of torch's threads at hand for its loops, whose bodies run no others.
     template <class Program>
     static void lead(const Program& program);
 
@@ -48,6 +50,8 @@ class Team {
     int64_t begin_ = 0, end_ = 0, chunk_ = 1;
     Body body_ = nullptr;
     const void* context_ = nullptr;
+    std::mutex mutex_;          // of the next
+    std::exception_ptr error_;  // the first that a chunk of the present loop threw
 };
 
 // at::parallel_for, among the threads of the team if there is one.

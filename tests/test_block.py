@@ -298,6 +298,7 @@ BAD = {
     "bias must be bool, float32": lambda a: a.__setitem__(9, a[9].long()),
     "tensors, .* settings": lambda a: a[10].pop(),
     "each of 1 blocks needs keys and values": lambda a: a[2].append(a[2][0]),
+    "there is no block": lambda a: (a[1].clear(), a[2].clear()),
     "both must have scales, or neither": lambda a: a[3].append(torch.empty(2, 2, 12)),
     "vector of 64 values": lambda a: a[10].__setitem__(0, torch.ones(63)),
     "head layout leaves the row": lambda a: a[11].__setitem__(5, 10_000),

@@ -83,6 +83,19 @@ def test_what_looks_at_values_cannot_be_recorded(function: Callable[[Tensor], Te
         record(function, torch.ones(1))
 
 
-def test_a_tensor_from_past_the_operators_cannot_be_recorded() -> None:
-    with pytest.raises(CannotBeRecorded, match="past the operators"):
-        record(lambda x: torch.from_numpy((x + 1).numpy()) * 2, torch.ones(1))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.from_numpy((x + 1).numpy()) * 2,
+        lambda x: x * (x + 1).tolist()[0],
+        lambda x: torch.from_dlpack(x + 1) * 2,
+    ],
+)
+def test_what_goes_past_the_operators_cannot_be_recorded(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CannotBeRecorded, match="of a tensor"):
+        record(function, torch.ones(1))
+
+
+def test_a_result_that_never_changes_cannot_be_recorded() -> None:
+    with pytest.raises(CannotBeRecorded, match="never changes"):
+        record(lambda _: TABLE * 2, torch.ones(1))

@@ -17,9 +17,10 @@ from test_block import WAYS, WINDOW, blocks, generate, prompt, with_context
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from autoq import AutoQForCausalLM
+from autoq import AutoQForCausalLM, block_ops
 from autoq.nn import steps as recorded_steps
 from autoq.nn.block import unfuse_blocks
+from autoq.nn.cache import KVLayer
 from autoq.nn.recording import HostRecording
 from autoq.nn.steps import RecordedSteps
 
@@ -90,6 +91,25 @@ def decode(model: PreTrainedModel, ids: Tensor, first: int = 5, **options: Any) 
         for part in (ids[:, :first], *ids[:, first:].split(1, 1)):
             found.append(model(part, past_key_values=cache, use_cache=True, **options).logits)
     return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("family", VARIANTS, ids=lambda family: family.name)
+def test_all_blocks_are_one_call(family: Variant) -> None:
+    _, recorded = pair(family)
+    generate(recorded, prompt(2, 6), do_sample=False, use_cache=True)
+    (slot,) = recorded.forward._slots
+    for step in slot.recordings.values():
+        calls = [each for each in step.recording._steps if each.function is block_ops.decoder_blocks]
+        assert [len(call.args[1]) for call in calls] == [len(blocks(recorded))]
+
+
+def test_a_draft_that_leaves_early() -> None:
+    """Its cache has fewer layers than the model's, of which one is free."""
+    plain, recorded = pair(LLAMA)
+    inputs = prompt(1, 6)
+    generate(recorded, inputs, do_sample=False)
+    options = {"do_sample": False, "assistant_early_exit": 1}
+    assert torch.equal(generate(recorded, inputs, **options), generate(plain, inputs, **options))
 
 
 def test_logits_are_those_of_the_blocks_alone() -> None:
@@ -204,10 +224,14 @@ def test_threads_generate_at_the_same_time() -> None:
     assert steps() > 0
 
 
-def test_beams_stay_in_their_buffers() -> None:
+def test_beams_stay_in_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     _, recorded = pair(LLAMA)
-    generate(recorded, prompt(2, 12), do_sample=False, num_beams=3)
+    moved: list[KVLayer] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(KVLayer, "move_to", lambda layer, _: moved.append(layer))
+        generate(recorded, prompt(2, 12), do_sample=False, num_beams=3)
     assert Recorded.count == 1
+    assert not moved
     cache = DynamicCache(config=recorded.config)
     ids = prompt(2, 12)["input_ids"]
     with torch.no_grad():
@@ -215,9 +239,9 @@ def test_beams_stay_in_their_buffers() -> None:
             recorded(part.repeat_interleave(3, 0), past_key_values=cache)
     kept = cache.layers[0].keys.clone()
     order = torch.tensor([5, 5, 0, 1, 2, 0])
-    address = cache.layers[0].lend().keys.data_ptr()
+    address = cache.layers[0]._buffers.keys.data_ptr()
     cache.reorder_cache(order)
-    assert cache.layers[0].lend().keys.data_ptr() == address
+    assert cache.layers[0]._buffers.keys.data_ptr() == address
     assert torch.equal(cache.layers[0].keys, kept[order])
 
 
@@ -318,9 +342,44 @@ def test_blocks_that_are_not_fused_are_not_recorded() -> None:
     plain, recorded = pair(LLAMA)
     unfuse_blocks(recorded)
     eager(recorded, plain)
-    _, recorded = pair(LLAMA)
-    blocks(recorded)[0].self_attn.config._attn_implementation = "eager"
-    generate(recorded, prompt(1, 6), do_sample=False)
+    plain, recorded = pair(LLAMA)
+    recorded.lm_head.train()
+    eager(recorded, plain)
+    assert Recorded.count == 0
+
+
+def test_a_changed_config_is_noticed() -> None:
+    plain, recorded = pair(LLAMA)
+    ids = prompt(1, 9)["input_ids"]
+    decode(recorded, ids)
+    before = steps()
+    for model in (plain, recorded):
+        model.config.num_hidden_layers = 1
+    torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
+    assert steps() > before
+
+
+def test_modules_of_others_are_not_recorded() -> None:
+    """They may have switches, as adapters do, which are no tensors."""
+
+    class Switched(nn.Module):
+        factor = 1.0
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * self.inner(x)
+
+    plain, recorded = pair(LLAMA)
+    for factor in (1.0, 2.0):
+        for model in (plain, recorded):
+            if factor == 1.0:
+                model.lm_head = Switched(model.lm_head)
+            model.lm_head.factor = factor
+        eager(recorded, plain)
+    assert Recorded.count == 0
 
 
 def test_a_model_on_several_devices_is_not_recorded() -> None:

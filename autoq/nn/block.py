@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,13 +71,13 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     unfuse_blocks(model)
     architecture = architecture_of(model.config)
     description = architecture.block(model.config)
-    table = _RotaryTable()
+    once = _OncePerPass()
     fused = 0
     for block in architecture.decoder_blocks(model):
         # A forward of the block's own instance is somebody else's: accelerate's, say.
         parts = None if "forward" in block.__dict__ else _Parts.of(block, description)
         if parts is not None:
-            block.forward = FusedForward(block, model.config, parts, table, quantized_cache)
+            block.forward = FusedForward(block, model.config, parts, once, quantized_cache)
             fused += 1
     return fused
 
@@ -217,11 +217,6 @@ def _is_idle(hook: Any) -> bool:
     return collected is None or "attentions" not in collected
 
 
-def _version(tensor: Tensor) -> int:
-    """What changes when the values do; inference tensors keep none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _epsilon(norm: Any) -> float:
     return 0.0 if norm is None else float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
@@ -306,23 +301,23 @@ class Contents:
         return itertools.chain.from_iterable(map(dict.values, self._dicts))
 
 
-class _RotaryTable:
-    """Cosines and sines of the tokens of one forward pass, looked up by the first block and used by all."""
+class _OncePerPass:
+    """What is made of a tensor of a forward pass: by the first block, for all of them."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, int, int, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[Any, ...], Any] | None = None
 
-    def at(self, positions: Tensor, embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """embeddings: `[positions, sines | cosines]`, as GPT-J keeps them."""
-        last = self._last
-        if last is not None and last[0] is positions and not positions.is_inference():
-            _, version, address, cosines, sines = last
-            if version == positions._version and address == positions.data_ptr() and cosines.dtype == dtype:
-                return cosines, sines
-        sines, cosines = embeddings.to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
-        cosines, sines = cosines.contiguous(), sines.contiguous()
-        self._last = (positions, _version(positions), positions.data_ptr(), cosines, sines)
-        return cosines, sines
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None}
+
+    def __call__(self, source: Tensor, key: tuple[Any, ...], make: Callable[[Tensor], Any]) -> Any:
+        """`make(source)`, or what it gave the last time, if that was for the same tensor and key."""
+        if source.is_inference():  # whose changes cannot be seen
+            return make(source)
+        state = (source._version, source.data_ptr(), *key)
+        if self._last is None or self._last[0] is not source or self._last[1] != state:
+            self._last = (source, state, make(source))
+        return self._last[2]
 
 
 class FusedForward:
@@ -333,13 +328,13 @@ class FusedForward:
         block: nn.Module,
         config: PretrainedConfig,
         parts: _Parts,
-        table: _RotaryTable,
+        once: _OncePerPass,
         quantized_cache: bool,
     ) -> None:
         self._block = weakref.ref(block)  # which holds this: a model is gone when the last reference to it is
         self._config = config
         self._parts = parts
-        self._table = table
+        self._once = once
         self._quantized_cache = quantized_cache
         settings = parts.settings()
         self._integers = {mode: replace(settings, int8=mode == "int8").integers() for mode in MODES}
@@ -441,7 +436,13 @@ class FusedForward:
         if kind == RotaryKind.NONE:
             return None, None
         if kind == RotaryKind.PAIRS:
-            return self._table.at(options["position_ids"], self._parts.attention.embed_positions, hidden.dtype)
+            table = self._parts.attention.embed_positions  # [positions, sines | cosines], as GPT-J keeps them
+
+            def look_up(positions: Tensor) -> tuple[Tensor, Tensor]:
+                sines, cosines = table.to(positions.device)[positions].to(hidden.dtype).chunk(2, dim=-1)
+                return cosines.contiguous(), sines.contiguous()
+
+            return self._once(options["position_ids"], ("rotary", hidden.dtype), look_up)
         cosines, sines = options["position_embeddings"]
         return cosines, sines
 
@@ -454,7 +455,11 @@ class FusedForward:
         bias = None if name is None else options.get(name)
         if bias is None:
             return None
-        bias = bias[:, :, -positions:]
-        if static and bias.shape[2] < positions:
-            bias = functional.pad(bias, (0, positions - bias.shape[2]))
-        return bias.view(-1, self._parts.description.heads.heads, *bias.shape[1:])
+
+        def cut(bias: Tensor) -> Tensor:
+            bias = bias[:, :, -positions:]
+            if static and bias.shape[2] < positions:
+                bias = functional.pad(bias, (0, positions - bias.shape[2]))
+            return bias.view(-1, self._parts.description.heads.heads, *bias.shape[1:])
+
+        return self._once(bias, ("bias", positions, static), cut)

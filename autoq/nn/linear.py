@@ -90,6 +90,6 @@ class QuantLinear(nn.Module):
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one called `name` within `root`."""
+    """Puts a module in the place of the one called `name` within `root`, training or not as that was."""
     parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
+    setattr(root.get_submodule(parent), leaf, module.train(root.get_submodule(name).training))

@@ -6,11 +6,13 @@ changes from replay to replay is read from tensors, which stay where they are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,12 +76,23 @@ class _Rehearsal(TorchDispatchMode):
         return result
 
 
+class _NoWayAround(TorchFunctionMode):
+    """Raises CannotBeRecorded where a function takes the values of a tensor, or its memory, past the operators."""
+
+    _WAYS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._WAYS:
+            raise CannotBeRecorded(f"{func.__name__} of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
 class CudaRecording:
     """A CUDA graph. Nothing may wait for the GPU in it."""
 
     def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
         """run: the function. inputs: the tensors whose values differ from replay to replay."""
-        with _Rehearsal():  # before a recording breaks
+        with _Rehearsal(), _NoWayAround():  # before a recording breaks
             run()
         self._graph = torch.cuda.CUDAGraph()
         current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -120,12 +133,13 @@ class HostRecording:
 
     def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
         """As of CudaRecording."""
-        with _Rehearsal() as rehearsal:
+        with _Rehearsal() as rehearsal, _NoWayAround():
             output = run()
-        _check_origins(rehearsal.calls)
         self._places: dict[int, int] = {}  # of results by their identity
         self._steps = [self._step(call) for call in _with_blocks_joined(_changing(rehearsal.calls, inputs))]
         self._results: list[Any] = [None] * len(self._places)
+        if id(output) not in self._places:
+            raise CannotBeRecorded("a result that came past the operators, or never changes")
         self._output = self._places[id(output)]
 
     def replay(self) -> Tensor:
@@ -183,22 +197,6 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or -id(tensor)
 
 
-def _check_origins(calls: list[_Call]) -> None:
-    """Raises CannotBeRecorded for a tensor of which no operator says how it came from the results of others."""
-    known: set[int] = set()
-    own: set[int] = set()
-    others: set[int] = set()
-    for call in calls:
-        for tensor in call.given():
-            if id(tensor) not in known and _memory(tensor) in own:
-                raise CannotBeRecorded(f"{call.function} of a tensor that came past the operators")
-            others.add(_memory(tensor))
-        for tensor in _tensors(call.result):
-            known.add(id(tensor))
-            if _memory(tensor) not in others:
-                own.add(_memory(tensor))
-
-
 def _changing(calls: list[_Call], inputs: Iterable[Tensor]) -> list[_Call]:
     """Those whose results may differ from one time to the next."""
     memory = {_memory(tensor) for tensor in inputs} | {_memory(tensor) for call in calls for tensor in call.written()}
@@ -212,23 +210,26 @@ def _changing(calls: list[_Call], inputs: Iterable[Tensor]) -> list[_Call]:
 
 
 def _with_blocks_joined(calls: list[_Call]) -> list[_Call]:
+    uses = Counter(id(tensor) for call in calls for tensor in call.given())
     joined: list[_Call] = []
     for call in calls:
         last = joined[-1] if joined else None
-        if last is not None and call.function is last.function is decoder_blocks and _follows(call, last):
+        if last is not None and _follows(call, last) and uses[id(last.result)] == 1:
             args = tuple(
                 last.args[i] if i in SHARED_ARGUMENTS else [*last.args[i], *given] for i, given in enumerate(call.args)
             )
-            joined[-1] = _Call(decoder_blocks, args, {}, call.result)
+            joined[-1] = _Call(decoder_blocks, args, call.kwargs, call.result)
         else:
             joined.append(call)
     return joined
 
 
 def _follows(call: _Call, last: _Call) -> bool:
-    """Whether a call of blocks goes on from the result of the last, with all that blocks share."""
+    """Whether both are of blocks, and one goes on from the result of the other with all that blocks share."""
+    if not call.function is last.function is decoder_blocks or len(call.args) != len(last.args):
+        return False
     hidden, *_ = call.args
+    shared = [(call.args[i], last.args[i]) for i in SHARED_ARGUMENTS[1:] if i < len(call.args)]
     return hidden is last.result and all(
-        call.args[i] is last.args[i] or (type(call.args[i]) is int and call.args[i] == last.args[i])
-        for i in SHARED_ARGUMENTS[1:]
+        ours is theirs or (type(ours) is int and ours == theirs) for ours, theirs in shared
     )

@@ -19,6 +19,7 @@ import operator
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import psutil
@@ -102,7 +103,9 @@ class _Slot:
         self.recordings: dict[tuple[str, ...], _RecordedStep] = {}  # by the names of their inputs
 
     def belongs_to(self, layers: list[KVLayer]) -> bool:
-        return all(layer.holds(buffers) for layer, buffers in zip(layers, self.buffers, strict=True))
+        return len(layers) == len(self.buffers) and all(
+            layer.holds(buffers) for layer, buffers in zip(layers, self.buffers, strict=True)
+        )
 
     def is_free(self) -> bool:
         owner = self._owner()
@@ -110,8 +113,10 @@ class _Slot:
 
     def fits(self, layers: list[KVLayer], length: int) -> bool:
         """Whether these layers could move in with a token more than they hold."""
-        return self.capacity > length and all(
-            layer.fits(buffers) for layer, buffers in zip(layers, self.buffers, strict=True)
+        return (
+            self.capacity > length
+            and len(layers) == len(self.buffers)
+            and all(layer.fits(buffers) for layer, buffers in zip(layers, self.buffers, strict=True))
         )
 
     def take_in(self, layers: list[KVLayer]) -> None:
@@ -143,7 +148,7 @@ class _Snapshot:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._config, self._attention = model.config, model.config._attn_implementation
+        self._config = Contents([model.config.__dict__])
         self._modules = list(model.modules())[1:]  # not the model itself, which holds this
         self._attributes = [module.__dict__ for module in self._modules]
         self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
@@ -159,7 +164,12 @@ class _Snapshot:
         self._forwards = [block.__dict__.get("forward") for block in blocks]
         fused = [forward for forward in self._forwards if isinstance(forward, FusedForward)]
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
-        self._can_be_recorded = len({tensor.device for tensor in self._held.tensors}) == 1 and len(fused) == len(blocks)
+        inside = {module for block in blocks for module in block.modules()}  # which the fused blocks look at
+        self._can_be_recorded = (
+            len({tensor.device for tensor in self._held.tensors}) == 1
+            and len(fused) == len(blocks)
+            and all(_is_known(module) for module in self._modules if module not in inside)
+        )
 
     def is_current(self) -> bool:
         if not self._can_be_recorded or nn.modules.module._has_any_global_hook():
@@ -175,8 +185,13 @@ class _Snapshot:
             and self._children.are_current()
             and self._held.are_current()
             and [linear.mode for linear in self._linears] == self._modes
-            and self._config._attn_implementation == self._attention
+            and self._config.are_current()
         )
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether what a module does depends on nothing but its tensors: others, such as adapters, have switches."""
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers", "autoq")
 
 
 # ---- the forward -----------------------------------------------------------------------------------------------------
@@ -233,10 +248,11 @@ class RecordedSteps:
         if inputs is None:
             self._before_a_prompt()
             return None
-        if self._impossible:
-            return None
         layers = _layers(kwargs.get("past_key_values"))
         if not layers:
+            self._before_a_prompt()
+            return None
+        if self._impossible:
             return None
         length = layers[0].get_seq_length()
         batch = inputs["input_ids"].shape[0]
@@ -247,6 +263,7 @@ class RecordedSteps:
             return None
         if mask is None and self._masks_wanted:
             inputs["attention_mask"] = inputs["input_ids"].new_ones(batch, length + 1)
+            inputs = {name: inputs[name] for name in _INPUTS if name in inputs}
         if not self._lock.acquire(blocking=False):
             return None  # a recording is of one set of tensors: other threads go their own way meanwhile
         try:
@@ -257,7 +274,12 @@ class RecordedSteps:
     def _before_a_prompt(self) -> None:
         self._impossible = False  # so that it is tried again
         with self._lock:
-            self._slots = [slot for slot in self._slots if not slot.is_free() or slot.bytes <= idle_limit(slot.device)]
+            self._drop_slots(idle_limit)
+
+    def _drop_slots(self, limit: Callable[[torch.device], int]) -> None:
+        """Keeps the slots in use and, if it is no larger than that, the free one that was made last."""
+        kept = [slot for slot in self._slots if slot.is_free() and slot.bytes <= limit(slot.device)][-1:]
+        self._slots = [slot for slot in self._slots if slot in kept or not slot.is_free()]
 
     def _inputs(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -289,6 +311,12 @@ class RecordedSteps:
     def _replay(
         self, model: PreTrainedModel, cache: Any, layers: list[KVLayer], inputs: dict[str, Tensor], length: int
     ) -> Any:
+        if self._snapshot is None:
+            snapshot = _Snapshot(model)
+            if not snapshot.is_current():
+                self._impossible = True
+                return None
+            self._snapshot = snapshot
         slot = self._slot(layers, length)
         slot.fill(inputs, length)
         step = slot.recordings.get(tuple(inputs))
@@ -300,7 +328,6 @@ class RecordedSteps:
         logits = step.recording.replay()
         # A GPU is at work; meanwhile the host looks whether all is still as it was. If not, the model's own forward
         # does the step again: it writes the same places of the cache.
-        assert self._snapshot is not None
         if not self._snapshot.is_current():
             self.forget()
             return None
@@ -319,17 +346,11 @@ class RecordedSteps:
             if slot.is_free() and slot.fits(layers, length):
                 slot.take_in(layers)
                 return slot
-        # At most one free slot is kept: memory is for those in use.
-        self._slots = [slot for slot in self._slots if not slot.is_free()]
+        self._drop_slots(lambda _: 0)  # memory is for those in use
         self._slots.append(_Slot(layers))
         return self._slots[-1]
 
     def _record(self, model: PreTrainedModel, slot: _Slot, names: tuple[str, ...]) -> _RecordedStep | None:
-        if self._snapshot is None:
-            self._snapshot = _Snapshot(model)
-        if not self._snapshot.is_current():
-            self._snapshot, self._slots = None, []
-            return None
         masked = "attention_mask" in names
         output_class: type[Any] = type(None)
 
