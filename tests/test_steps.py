@@ -212,13 +212,15 @@ def test_keys_and_values_of_8_bits(tmp_path: Path) -> None:
     assert steps() > 20
 
 
-def test_threads_generate_at_the_same_time() -> None:
-    plain, recorded = pair(LLAMA)
-    prompts = [{"input_ids": prompt(1, 12)["input_ids"] + i} for i in range(4)]
-    expected = [generate(plain, each, do_sample=False) for each in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            found = pool.map(lambda each: generate(recorded, each, do_sample=False), prompts)
+@pytest.mark.parametrize("name", ["llama-gqa", "bloom", "mpt", "gptj"])
+def test_threads_generate_at_the_same_time(name: str) -> None:
+    plain, recorded = pair(variant(name))
+    options = {"do_sample": False, "use_cache": True}
+    prompts = [{"input_ids": prompt(1, 9 + i)["input_ids"] + i} for i in range(8)]
+    expected = [generate(plain, each, **options) for each in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            found = pool.map(lambda each: generate(recorded, each, **options), prompts)
             for ours, theirs in zip(found, expected, strict=True):
                 assert torch.equal(ours, theirs)
     assert steps() > 0

@@ -315,9 +315,10 @@ class _OncePerPass:
         if source.is_inference():  # whose changes cannot be seen
             return make(source)
         state = (source._version, source.data_ptr(), *key)
-        if self._last is None or self._last[0] is not source or self._last[1] != state:
-            self._last = (source, state, make(source))
-        return self._last[2]
+        last = self._last  # which another thread may replace at any time
+        if last is None or last[0] is not source or last[1] != state:
+            last = self._last = (source, state, make(source))
+        return last[2]
 
 
 class FusedForward:
