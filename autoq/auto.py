@@ -144,6 +144,8 @@ class AutoQForCausalLM(nn.Module):
         """
         if kv_cache_bits not in (None, 8):
             raise ConfigError(f"kv_cache_bits is {kv_cache_bits!r}; it should be 8, or None for the model's dtype")
+        if not isinstance(fuse_layers, bool):
+            raise ConfigError(f"fuse_layers is {fuse_layers!r} but must be True or False")
         if mode not in MODES:
             raise ConfigError(f"mode is {mode!r}; it should be one of {', '.join(map(repr, MODES))}")
         torch_dtype = hub_options.pop("dtype", torch_dtype)
@@ -206,6 +208,8 @@ class AutoQForCausalLM(nn.Module):
             raise ConfigError("this model is quantized already; load the full-precision model to quantize it again")
         settings = _without_autoawq_options(settings, "quantize")
         devices = _devices(device)
+        if not isinstance(quant_config, (QuantConfig, Mapping, type(None))):
+            raise ConfigError(f"quant_config is {quant_config!r} but must be a dict or a QuantConfig")
         if isinstance(quant_config, QuantConfig):
             # Other bits may need another format than the one the config settled on.
             version = {"version": ""} if "bits" in settings else {}

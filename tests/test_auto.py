@@ -196,6 +196,13 @@ def test_bad_max_memory(llama: Path, max_memory: Any) -> None:
         AutoQForCausalLM.from_quantized(llama, device_map="auto", max_memory=max_memory)
 
 
+def test_wrong_kinds_of_arguments_get_a_sentence(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="fuse_layers is 'no'"):
+        AutoQForCausalLM.from_quantized(llama, fuse_layers="no")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="quant_config is 'w4'"):
+        AutoQForCausalLM(variant("llama-gqa").model()).quantize(None, "w4")  # type: ignore[arg-type]
+
+
 def test_save_pretrained_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_quantized"):
         AutoQForCausalLM.from_quantized(llama).save_pretrained(tmp_path / "out")
