@@ -133,8 +133,8 @@ class AutoQForCausalLM(nn.Module):
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
             activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
-        fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; on a GPU
-            whole decoding steps are recorded, on a GPU as CUDA graphs. False runs transformers' own.
+        fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; whole
+            decoding steps are recorded once and replayed, on a GPU as CUDA graphs. False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are
             fused: half the memory of a long context, and less to read. None keeps them in the model's dtype.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`. Options AutoAWQ had for its backends are

@@ -15,6 +15,7 @@ may be. The mask and the bias have `past + tokens` positions in either case.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -289,28 +290,21 @@ def _reference(
             )
         past, positions = held, held + hidden.shape[1]
         mask, bias = (term if term is None else term[..., :positions] for term in (mask, bias))
-    parts, chosen = _of_each(tensors, settings, constants, len(keys))
-    for i in range(len(keys)):
+    blocks = zip(*(_cut(values, len(keys)) for values in (tensors, settings, constants)), strict=True)
+    for i, (parts, integers, others) in enumerate(blocks):
         key_scale, value_scale = (scales[i] if scales else None for scales in (key_scales, value_scales))
         cache = _Cache(keys[i], values[i], key_scale, value_scale, past)
-        hidden = _run_block(hidden, cache, _Terms(cosines, sines, mask, bias), parts[i], chosen[i])
+        chosen = BlockSettings.of(integers, others)
+        hidden = _run_block(hidden, cache, _Terms(cosines, sines, mask, bias), BlockTensors(*parts), chosen)
     return hidden
 
 
-def _of_each(
-    tensors: list[Tensor], settings: list[int], constants: list[float], blocks: int
-) -> tuple[list[BlockTensors], list[BlockSettings]]:
-    """The tensors and the settings of each of so many blocks."""
-    parts = [BlockTensors(*of_block) for of_block in _cut(tensors, blocks)]
-    pairs = zip(_cut(settings, blocks), _cut(constants, blocks), strict=True)
-    return parts, [BlockSettings.of(*pair) for pair in pairs]
-
-
-def _cut(values: list[Any], parts: int) -> list[list[Any]]:
+def _cut(values: Sequence[Any], parts: int) -> list[list[Any]]:
+    """What belongs to each of so many blocks."""
     if parts == 0 or len(values) % parts:
         raise OperatorError(f"{len(values)} tensors or settings cannot be those of {parts} blocks; give each its own")
     size = len(values) // parts
-    return [values[i * size : (i + 1) * size] for i in range(parts)]
+    return [list(values[i * size : (i + 1) * size]) for i in range(parts)]
 
 
 def _run_block(hidden: Tensor, cache: _Cache, terms: _Terms, parts: BlockTensors, chosen: BlockSettings) -> Tensor:

@@ -504,6 +504,17 @@ def test_hidden_states_are_there_when_asked_for() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+class Multiplied(nn.Module):
+    """An adapter around a module, with a switch that is no tensor."""
+
+    def __init__(self, inner: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.inner(x)
+
+
 def test_hooks_and_adapters_on_a_part_are_obeyed(calls: list[int]) -> None:
     _, fused = pair(FAMILIES[0])
     seen: list[Tensor] = []
@@ -514,17 +525,9 @@ def test_hooks_and_adapters_on_a_part_are_obeyed(calls: list[int]) -> None:
     assert (len(seen), calls[0]) == (1, 1)
     hook.remove()
 
-    class Doubled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.inner(x)
-
     with torch.no_grad():
         before = fused(**prompt(1, 4)).logits
-        blocks(fused)[0].mlp.down_proj = Doubled(linear)
+        blocks(fused)[0].mlp.down_proj = Multiplied(linear, 2.0)
         assert not torch.allclose(fused(**prompt(1, 4)).logits, before)
         blocks(fused)[0].mlp.down_proj = linear
         assert torch.equal(fused(**prompt(1, 4)).logits, before)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import VARIANTS, Variant, quantized, variant
-from test_block import WAYS, WINDOW, blocks, generate, prompt, with_context
+from test_block import WAYS, WINDOW, Multiplied, blocks, generate, prompt, with_context
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -313,17 +313,8 @@ def test_a_replaced_module_is_used() -> None:
     plain, recorded = pair(LLAMA)
     ids = prompt(1, 9)["input_ids"]
     decode(recorded, ids)
-
-    class Doubled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.inner(x)
-
     for model in (plain, recorded):
-        model.lm_head = Doubled(model.lm_head)
+        model.lm_head = Multiplied(model.lm_head, 2.0)
     torch.testing.assert_close(decode(recorded, ids), decode(plain, ids), rtol=1e-5, atol=1e-5)
 
 
@@ -363,22 +354,11 @@ def test_a_changed_config_is_noticed() -> None:
 
 def test_modules_of_others_are_not_recorded() -> None:
     """They may have switches, as adapters do, which are no tensors."""
-
-    class Switched(nn.Module):
-        factor = 1.0
-
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.factor * self.inner(x)
-
     plain, recorded = pair(LLAMA)
+    for model in (plain, recorded):
+        model.lm_head = Multiplied(model.lm_head, 1.0)
     for factor in (1.0, 2.0):
         for model in (plain, recorded):
-            if factor == 1.0:
-                model.lm_head = Switched(model.lm_head)
             model.lm_head.factor = factor
         eager(recorded, plain)
     assert Recorded.count == 0

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.nn.block import Contents, FusedForward, HeldTensors, is_watched
+from autoq.nn.block import FusedForward, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
+from autoq.nn.held import Contents, HeldTensors
 from autoq.nn.linear import QuantLinear
 from autoq.nn.recording import CannotBeRecorded, CudaRecording, HostRecording, Recording
 
@@ -142,10 +143,7 @@ class _Slot:
 
 
 class _Snapshot:
-    """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do.
-
-    It is looked at for every token, as HeldTensors are.
-    """
+    """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._config = Contents([model.config.__dict__])
