@@ -17,15 +17,16 @@ from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import find_checkpoint, first_line, load_quantized
+from autoq.loading import find_checkpoint, first_line, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
 from autoq.nn.spread import connect, disconnect, is_offloaded
 from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.ops import MODES
-from autoq.placement import DeviceMap, device_named, parts_of, present_device_map, torch_device
-from autoq.quantization.calibration import load_calibration
-from autoq.quantization.pipeline import quantize_model
+from autoq.placement import DeviceMap, byte_count, device_named, parts_of, present_device_map, torch_device
+from autoq.quantization.calibration import CalibrationSet, load_calibration
+from autoq.quantization.pipeline import Quantizer, Run
+from autoq.quantization.ranks import Ranks, join_torchrun
 from autoq.quantization.report import QuantizationReport
 from autoq.saving import save_model
 
@@ -81,7 +82,8 @@ class AutoQForCausalLM(nn.Module):
         """Loads a model in full precision, to be quantized.
 
         model_path: a directory or a hub name; torch_dtype: "auto" is the checkpoint's own.
-        device_map: as transformers takes it; for a model larger than a GPU see also `device` of `quantize`.
+        device_map: as transformers takes it; for a model larger than a GPU see also `device` of `quantize`. "disk"
+            leaves all weights in their files, from which `quantize` reads one block at a time.
         Other keywords go to transformers' `from_pretrained`.
         Raises ArchitectureError if the family is not known, so that nothing is downloaded or loaded for nothing.
         """
@@ -98,6 +100,11 @@ class AutoQForCausalLM(nn.Module):
         architecture_of(config)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with AutoQForCausalLM.from_quantized")
+        if device_map == "disk":
+            others = [name for name in kwargs if name not in _HUB_OPTIONS]
+            if others:
+                raise TypeError(f"from_pretrained with device_map='disk' takes no keyword argument {others[0]!r}")
+            return cls(leave_on_disk(find_checkpoint(model_path, **hub_options), config, torch_dtype))
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
         )
@@ -184,6 +191,13 @@ class AutoQForCausalLM(nn.Module):
         seed: int = 0,
         progress: bool = True,
         device: str | int | torch.device | Sequence[str | int | torch.device] | None = None,
+        max_memory: int | str | None = None,
+        work_dir: str | Path | None = None,
+        statistics: str | Path | None = None,
+        awq_cache: str | Path | None = None,
+        eval_data: Any = None,
+        max_eval_samples: int = 16,
+        max_kl: float | None = None,
         **settings: Any,
     ) -> QuantizationReport:
         """Quantizes the linears of the decoder blocks, in place, with AWQ.
@@ -198,16 +212,30 @@ class AutoQForCausalLM(nn.Module):
         device: where blocks are run and searched: each is brought there and back, so that a model in the CPU's memory
             needs no more of a GPU than a block takes. Of several devices, blocks take turns, and are searched at the
             same time. None: every block where it is.
+        max_memory: the memory the process may take, such as "16GiB". What flows between blocks goes to the disk if it
+            must; weights stay there if the model was loaded with `device_map="disk"`. A run that cannot fit is refused
+            before it begins.
+        work_dir: a directory that keeps every block that is done: a run that is stopped, however it is, goes on from
+            there when it is started again, and ends with the same bits. Delete it once the model is saved.
+        statistics: a directory for the statistics of the calibration; if they are there already, they are used, for
+            any bits and group size, and nothing is calibrated.
+        awq_cache: a file for the results of the AWQ search, in llm-awq's format; if it is there already, its scales and
+            clips are applied and nothing is searched.
+        eval_data: text that the result is judged by, as `calib_data`; None: what that has left over, if it has.
+        max_eval_samples: samples of it to use; 0 leaves the judgement out.
+        max_kl: the KL divergence from the full-precision model (mean over held-out positions, in nats) beyond which
+            `save_quantized` refuses to save the result.
+        Under `torchrun` the processes share the samples and the blocks; all end with the same model.
         Returns the report, which is kept as `report` too.
 
         Raises ConfigError, CalibrationError, ArchitectureError or QuantizationError, each a sentence.
         """
         if self._interrupted:
             raise ConfigError(_INTERRUPTED)
+        join_torchrun()
         if self.quant_config is not None:
             raise ConfigError("this model is quantized already; load the full-precision model to quantize it again")
         settings = _without_autoawq_options(settings, "quantize")
-        devices = _devices(device)
         if not isinstance(quant_config, (QuantConfig, Mapping, type(None))):
             raise ConfigError(f"quant_config is {quant_config!r} but must be a dict or a QuantConfig")
         if isinstance(quant_config, QuantConfig):
@@ -220,24 +248,50 @@ class AutoQForCausalLM(nn.Module):
         if context is not None and max_calib_seq_len > context:
             print(f"calibration samples are cut to {context} tokens, the context of the model")
             max_calib_seq_len = context
-        calibration = load_calibration(
-            tokenizer,
-            calib_data,
-            max_samples=max_calib_samples,
-            max_seq_len=max_calib_seq_len,
-            packing=packing,
-            split=split,
-            text_column=text_column,
-            seed=seed,
-            vocab_size=self.model.get_input_embeddings().num_embeddings,
+        if max_kl is not None and (type(max_kl) not in (int, float) or not max_kl > 0):
+            raise ConfigError(f"max_kl is {max_kl!r}; it should be a positive number of nats, such as 0.05")
+        if type(max_eval_samples) is not int or max_eval_samples < 0:
+            raise ConfigError(f"max_eval_samples is {max_eval_samples!r}; it should be a number of samples, 0 for none")
+
+        def load(data: Any, count: int) -> CalibrationSet:
+            return load_calibration(
+                tokenizer,
+                data,
+                max_samples=count,
+                max_seq_len=max_calib_seq_len,
+                packing=packing,
+                split=split,
+                text_column=text_column,
+                seed=seed,
+                vocab_size=self.model.get_input_embeddings().num_embeddings,
+            )
+
+        extra = max_eval_samples if eval_data is None else 0
+        calibration, held_out = load(calib_data, max_calib_samples + extra).split(max_calib_samples)
+        if eval_data is not None and max_eval_samples:
+            held_out = load(eval_data, max_eval_samples)
+        if max_kl is not None and held_out is None:
+            raise ConfigError(
+                "max_kl needs text that takes no part in the calibration, but none is left over; pass some as eval_data"
+            )
+        run = Run(
+            devices=_devices(device),
+            max_memory=None if max_memory is None else byte_count(max_memory, "max_memory"),
+            work_dir=None if work_dir is None else Path(work_dir),
+            statistics=None if statistics is None else Path(statistics),
+            awq_cache=None if awq_cache is None else Path(awq_cache),
+            held_out=held_out,
+            progress=progress,
         )
         if progress:
             print(calibration.describe())
-        # Folding and replacing happen in place: what a stopped run leaves behind is no model.
-        self._interrupted = True
         training = self.model.training
         try:
-            self.quant_config, self.report = quantize_model(self.model.eval(), config, calibration, progress, devices)
+            quantizer = Quantizer(self.model.eval(), config, calibration, run)
+            # Folding and replacing happen in place: what a stopped run leaves behind is no model.
+            self._interrupted = True
+            self.quant_config, self.report = quantizer.quantize()
+            self.report.max_kl = max_kl
             if fuse_blocks(self.model):
                 record_steps(self.model)
             self._interrupted = False
@@ -261,10 +315,18 @@ class AutoQForCausalLM(nn.Module):
                 disconnect(self.model)
         return self
 
-    def save_quantized(self, save_dir: str | Path, safetensors: bool = True, shard_size: int | str = "5GB") -> None:
+    def save_quantized(
+        self,
+        save_dir: str | Path,
+        safetensors: bool = True,
+        shard_size: int | str = "5GB",
+        ignore_max_kl: bool = False,
+    ) -> None:
         """Writes the quantized model; a stopped save leaves nothing that loads.
 
         shard_size: the most bytes of one file, such as "5GB".
+        ignore_max_kl: save it even if its KL divergence is beyond the `max_kl` that `quantize` was given.
+        Of several processes started by `torchrun`, the first writes.
         """
         if self._interrupted:
             raise ConfigError(_INTERRUPTED)
@@ -272,7 +334,10 @@ class AutoQForCausalLM(nn.Module):
             raise ConfigError("this model is not quantized yet; call quantize() before save_quantized()")
         if not safetensors:
             raise ConfigError("checkpoints are saved as safetensors only; leave safetensors=True")
-        save_model(self.model, self.quant_config, Path(save_dir), shard_size, self.report)
+        if self.report is not None and not ignore_max_kl:
+            self.report.check_quality()
+        if Ranks().is_first:
+            save_model(self.model, self.quant_config, Path(save_dir), shard_size, self.report)
 
     def save_pretrained(self, *_args: Any, **_options: Any) -> None:
         """Refused: transformers would save packed tensors that nothing can read."""

@@ -59,11 +59,13 @@ class CheckpointReader:
 
     specs: dtype and shape of every tensor, by name; read from the headers, so tensors can be checked before any
     is loaded.
+    paths: the file that holds each.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.specs: dict[str, TensorSpec] = {}
+        self.paths: dict[str, Path] = {}
         self._files: dict[str, Any] = {}
         for file, names in self._listing().items():
             self._open(file, names)
@@ -128,6 +130,7 @@ class CheckpointReader:
                     raise CheckpointError(f"{path}: the tensor {name} has the dtype {kind}, which is not supported")
                 self.specs[name] = TensorSpec(_DTYPES[kind], tuple(entry.get_shape()))
                 self._files[name] = handle
+                self.paths[name] = path
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); it is truncated or damaged") from None
         absent = sorted((expected or set()) - found)

@@ -26,8 +26,7 @@ from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import connect, fetch_from_disk
 from autoq.ops import PackedWeight
-from autoq.placement import Device, DeviceMap, Placement, place, tied_names, torch_device
-from autoq.quantization.weight import QuantizedWeight
+from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.
 _NOT_FOR_TRANSFORMERS = (
@@ -120,15 +119,63 @@ def load_quantized(
                 # Only tensors in memory can be one; where they are fetched, each needs its own.
                 loader.put(name, reader.read(source).to(model.dtype))
         loader.finish()
-    if (directory / "generation_config.json").is_file():
-        settings = read_json(directory / "generation_config.json")
+    _read_generation_config(model, directory)
+    return model.eval(), quant_config
+
+
+def _read_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    path = directory / "generation_config.json"
+    if path.is_file():
+        settings = read_json(path)
         try:
             model.generation_config = GenerationConfig.from_dict(settings)
         except Exception as error:  # as for the model's config
-            raise CheckpointError(
-                f"{directory / 'generation_config.json'} is not a generation config ({first_line(error)})"
-            ) from None
-    return model.eval(), quant_config
+            raise CheckpointError(f"{path} is not a generation config ({first_line(error)})") from None
+
+
+def leave_on_disk(directory: Path, config: PretrainedConfig, torch_dtype: torch.dtype | str) -> PreTrainedModel:
+    """A full-precision model whose weights stay in their files and are read whenever a part of it runs.
+
+    torch_dtype: what they are converted to then; "auto" is the checkpoint's own.
+    """
+    with CheckpointReader(directory) as reader:
+        floating = (spec.dtype for spec in reader.specs.values() if spec.dtype.is_floating_point)
+        if torch_dtype == "auto" and getattr(config, "dtype", None) is None:
+            torch_dtype = next(floating, torch.float32)
+        model = _empty_model(config, _resolve_dtype(torch_dtype, config))
+        tied = tied_names(model)
+        index = {}
+        for name, tensor in model.state_dict().items():
+            stored = _stored_name(tied.get(name, name), model, reader)
+            reader.check(stored, TensorSpec(reader.specs[stored].dtype, tuple(tensor.shape)))
+            index[name] = {
+                "safetensors_file": str(reader.paths[stored]),
+                "weight_name": stored,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
+    model.tie_weights()
+    weights = OffloadedWeightsLoader(index=index)
+    for part in parts_of(model):
+        if part.is_module:
+            fetch_from_disk(model, part.name, weights, torch.device("cpu"))
+        else:
+            owner, _, leaf = part.name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(weights[part.name], requires_grad=False)
+    model.hf_device_map = {"": "disk"}  # type: ignore[assignment, unused-ignore]
+    _read_generation_config(model, directory)
+    return model.eval()
+
+
+def _stored_name(name: str, model: PreTrainedModel, reader: CheckpointReader) -> str:
+    """What a checkpoint calls a tensor: some were saved without the part of the name that all but the head share."""
+    short = name.removeprefix(f"{model.base_model_prefix}.")
+    for stored in (name, short):
+        if stored in reader.specs:
+            return stored
+    raise CheckpointError(
+        f"{reader.directory} has no tensor {name}; to leave a model on the disk, its files must hold the tensors under "
+        "the names they have in transformers: load it into memory and save it with save_pretrained once"
+    )
 
 
 def _model_config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfig:
@@ -185,7 +232,7 @@ def _insert_quantized_linears(
             for leaf, wanted in layout.tensors(spec).items():
                 reader.check(f"{name}.{leaf}", wanted)
             linears[name] = _StoredLinear(spec, layout)
-            replace_module(model, name, QuantLinear.from_weight(_meta_weight(spec), linear.bias))
+            replace_module(model, name, QuantLinear.empty(spec, linear.bias))
     if not linears:
         raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
     return linears
@@ -203,14 +250,6 @@ def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader)
                 channels = int(block.get_submodule(group.linears[0]).in_features)  # type: ignore[arg-type]
                 act = ScaledActivation(block.get_submodule(group.prev), channels, model.dtype)
                 replace_module(block, group.prev, act.to("meta"))
-
-
-def _meta_weight(spec: LinearSpec) -> QuantizedWeight:
-    def empty(columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(spec.out_features, columns, dtype=dtype, device="meta")
-
-    zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
-    return QuantizedWeight(empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16), zeros, spec.bits)
 
 
 def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear]) -> Iterator[tuple[str, Tensor]]:

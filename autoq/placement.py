@@ -295,7 +295,9 @@ def memory_budgets(max_memory: Mapping[int | str, int | str] | None) -> dict[Dev
             device = device_named(key, "max_memory names", "Devices are numbers of GPUs, 'cpu' and 'disk'")
             if device in budgets:
                 raise ConfigError(f"max_memory names {key!r} twice, in two ways; name every device once")
-            budgets[device] = _byte_count(size, max_memory)
+            budgets[device] = _byte_count(size)
+            if budgets[device] is None:
+                raise _bad_memory(max_memory)
     else:
         raise _bad_memory(max_memory)
     budgets.setdefault("disk", None)
@@ -303,14 +305,20 @@ def memory_budgets(max_memory: Mapping[int | str, int | str] | None) -> dict[Dev
     return dict(sorted(budgets.items(), key=lambda entry: (order.get(str(entry[0]), 0), str(entry[0]).zfill(8))))
 
 
-def _byte_count(size: Any, max_memory: Any) -> int:
+def byte_count(size: Any, name: str) -> int:
+    """A number of bytes, given as one or as a string such as "20GiB"; `name` is what the error calls it."""
+    count = _byte_count(size)
+    if count is None:
+        raise ConfigError(f"{name} is {size!r}; it should be a number of bytes or a string such as '20GiB'")
+    return count
+
+
+def _byte_count(size: Any) -> int | None:
     try:
         count = convert_file_size_to_int(size) if isinstance(size, str) else size
     except ValueError:
-        count = None
-    if type(count) is not int or count < 0:
-        raise _bad_memory(max_memory)
-    return count
+        return None
+    return count if type(count) is int and count >= 0 else None
 
 
 def _bad_memory(max_memory: Any) -> ConfigError:

@@ -58,7 +58,7 @@ def save_model(
     if report is not None:
         documents[REPORT] = _to_json(report.to_dict())
     if _may_write_card(directory / "README.md"):
-        documents["README.md"] = _model_card(config)
+        documents["README.md"] = _model_card(config, report)
     write_checkpoint(directory, _tensors(model, config), documents, _bytes(shard_size))
 
 
@@ -108,8 +108,10 @@ def _config_dict(config: PretrainedConfig, quant_config: QuantConfig) -> dict[st
     return values
 
 
-def _model_card(config: QuantConfig) -> str:
+def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
     notes = ""
+    if report is not None and report.held_out is not None:
+        notes += f"\nOn {report.held_out}.\n"
     if config.scale_activations:
         notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
     if config.lm_head_bits is not None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from transformers import Qwen2Config
 
 from autoq import AutoQForCausalLM, QuantConfig
+from autoq.architectures import architecture_of
 from autoq.errors import AutoQError, ConfigError, QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
-from autoq.quantization import pipeline
+from autoq.quantization import search
+from autoq.quantization.activations import Activations, observe
+from autoq.quantization.plan import Plan
 from autoq.quantization.weight import fake_quantize
 
 pytestmark = [
@@ -38,7 +41,7 @@ def test_every_variant_comes_out_near_the_original(case: Variant, scale_activati
     assert (found - expected).norm() / expected.norm() < 0.03
     linears = [module for module in model.modules() if isinstance(module, (QuantLinear, nn.Linear))]
     assert sum(isinstance(module, QuantLinear) for module in linears) == len(model.report.quantized) > 0
-    has_groups = any(group.activation for group in pipeline.architecture_of(case.config).groups(case.config, True))
+    has_groups = any(group.activation for group in architecture_of(case.config).groups(case.config, True))
     scaled = [module for module in model.modules() if isinstance(module, ScaledActivation)]
     assert bool(scaled) == (scale_activations and has_groups)
 
@@ -137,7 +140,7 @@ def test_an_interrupted_run_leaves_a_model_that_says_so(monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     model = AutoQForCausalLM(variant("llama-gqa").model())
-    monkeypatch.setattr(pipeline, "_quantize_linear", interrupt)
+    monkeypatch.setattr(search, "quantize_linear", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
     uses = (
@@ -182,12 +185,11 @@ def test_sliding_and_full_attention_get_their_own_masks() -> None:
     inputs = seen[0].reshape(-1, seen[0].shape[-1])
 
     model = case.model()
-    plan = pipeline._Plan.of(model, QuantConfig(group_size=32))
+    plan = Plan.of(model, QuantConfig(group_size=32))
     with torch.no_grad():
-        blocks = model.model.layers
-        activations = pipeline._block_inputs(model, blocks, samples())
-        for index, block in enumerate(blocks):
-            statistics = pipeline._observe(block, "block", activations, index, plan)
+        activations = Activations(model, plan, samples())
+        for block in model.model.layers:
+            statistics = observe(block, activations, plan)
     torch.testing.assert_close(statistics["mlp.down_proj"].gram, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
 
 

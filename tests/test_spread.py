@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -412,13 +412,16 @@ def test_bad_devices_are_sentences_before_any_work(device: Any) -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "opt-plain-norm", "falcon-multi-query"])
 def test_models_spread_over_devices_are_quantized(name: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = variant(name)
-    search = pipeline._search_block
 
-    def search_there(*args: Any) -> Any:
-        with Machine():  # every thread has its own
-            return search(*args)
+    def there(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with Machine():  # every thread has its own
+                return function(*args)
 
-    monkeypatch.setattr(pipeline, "_search_block", search_there)
+        return run
+
+    for step in ("check_statistics", "quantize_block"):
+        monkeypatch.setattr(pipeline, step, there(getattr(pipeline, step)))
     expected = quantized(case, lm_head_bits=8)
     model = AutoQForCausalLM(case.model())
     with Machine():
@@ -465,12 +468,14 @@ def test_hooks_of_accelerate_give_way(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert all(len(model.model.get_submodule(part)._forward_pre_hooks) == 1 for part in _names(model.model))
 
 
-def test_offloaded_models_are_not_quantized(tmp_path: Path) -> None:
-    variant("llama").model().save_pretrained(tmp_path)
-    parts = dict.fromkeys(_names(variant("llama").model()), "cpu")
+def test_what_is_on_the_disk_is_fetched_to_be_quantized(tmp_path: Path) -> None:
+    case = variant("llama")
+    case.model().save_pretrained(tmp_path)
+    parts = dict.fromkeys(_names(case.model()), "cpu")
     model = AutoQForCausalLM.from_pretrained(
         tmp_path, device_map={**parts, "model.layers.1": "disk"}, offload_folder=tmp_path / "disk"
     )
-    model(_prompt())
-    with pytest.raises(AutoQError, match=r"model\.layers\.1.* is offloaded.*device='cuda'"):
-        model.quantize(None, {}, samples(), progress=False)
+    model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
+    expected = quantized(case)
+    assert torch.equal(model(_prompt()).logits, expected(_prompt()).logits)
+    assert all(parameter.is_meta for parameter in model.model.model.layers[1].parameters())

@@ -92,7 +92,7 @@ def compare(
             _check_shapes(expected, found)
             reference_nll += negative_log_likelihood(expected, batch)
             model_nll += negative_log_likelihood(found, batch)
-            batch_divergence, batch_agreeing = _divergence(expected.flatten(0, 1), found.flatten(0, 1))
+            batch_divergence, batch_agreeing = divergence_of_logits(expected.flatten(0, 1), found.flatten(0, 1))
             divergence += batch_divergence
             agreeing += batch_agreeing
     positions = windows.numel()
@@ -100,7 +100,7 @@ def compare(
     return Comparison(perplexity_of(reference_nll, windows), perplexity_of(model_nll, windows), result)
 
 
-def _divergence(expected: Tensor, found: Tensor) -> tuple[float, int]:
+def divergence_of_logits(expected: Tensor, found: Tensor) -> tuple[float, int]:
     """Sum of the KL divergences, and number of equal top tokens, over the rows of two logits `[rows, vocabulary]`."""
     divergence = torch.zeros((), dtype=torch.float64, device=expected.device)
     agreeing = torch.zeros((), dtype=torch.int64, device=expected.device)

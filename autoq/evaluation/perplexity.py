@@ -229,7 +229,10 @@ def perplexity_of(total: float, windows: Tensor) -> PerplexityResult:
     """The result for windows `[windows, sequence_length]` whose negative log-likelihoods sum to `total`."""
     count, length = windows.shape
     tokens = count * (length - 1)
-    mean = total / tokens
+    return PerplexityResult(perplexity_of_mean(total / tokens), windows=count, tokens=tokens)
+
+
+def perplexity_of_mean(mean: float) -> float:
+    """The perplexity of a mean negative log-likelihood in nats."""
     # math.exp raises where the result is beyond fp64, some 1e308; a broken model may well get there.
-    value = math.inf if mean > 709 else math.exp(mean)
-    return PerplexityResult(value, windows=count, tokens=tokens)
+    return math.inf if mean > 709 else math.exp(mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoq import ops
@@ -44,6 +45,17 @@ class QuantLinear(nn.Module):
         out_features, in_features = weight.codes.shape
         spec = LinearSpec(out_features, in_features, weight.bits, weight.group_size, weight.zeros is not None)
         return cls(spec, ops.pack(weight), bias)
+
+    @classmethod
+    def empty(cls, spec: LinearSpec, bias: Tensor | None = None) -> QuantLinear:
+        """A linear whose weight is on the meta device, to be filled in."""
+
+        def empty(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(spec.out_features, columns, dtype=dtype, device="meta")
+
+        zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
+        codes, scales = empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16)
+        return cls.from_weight(QuantizedWeight(codes, scales, zeros, spec.bits), bias)
 
     @property
     def in_features(self) -> int:

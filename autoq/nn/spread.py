@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate.hooks import attach_align_device_hook
+from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
 from accelerate.utils import (
     OffloadedWeightsLoader,
     align_module_device,
@@ -77,6 +77,22 @@ def in_memory(module: nn.Module, name: str) -> Iterator[None]:
             yield
     else:
         raise CheckpointError(f"{name} is not in memory, nor is it known where it is; load the model again")
+
+
+def bring(module: nn.Module, name: str) -> None:
+    """Reads the offloaded tensors of a module and of those within it into the CPU's memory, to stay there."""
+    for leaf, inner in module.named_modules():
+        if has_offloaded_params(inner):
+            with in_memory(inner, f"{name}.{leaf}"):
+                held = {**inner._parameters, **inner._buffers}
+                # A copy: what was fetched may be a view of the file.
+                fetched = {key: None if tensor is None else tensor.detach().clone() for key, tensor in held.items()}
+            remove_hook_from_module(inner)
+            for key, tensor in fetched.items():
+                if key in inner._parameters and tensor is not None:
+                    inner._parameters[key] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+                else:
+                    inner._buffers[key] = tensor
 
 
 def is_offloaded(model: nn.Module) -> bool:

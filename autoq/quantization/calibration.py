@@ -77,6 +77,11 @@ class CalibrationSet:
         """Tokens in all samples together."""
         return sum(sample.numel() for sample in self.samples)
 
+    def split(self, count: int) -> tuple[CalibrationSet, CalibrationSet | None]:
+        """The first `count` samples, and the others, if there are."""
+        rest = self.samples[count:]
+        return CalibrationSet(self.samples[:count], self.source), CalibrationSet(rest, self.source) if rest else None
+
     def describe(self) -> str:
         """One line with the number of samples and tokens and where they came from."""
         samples = "1 sample" if len(self.samples) == 1 else f"{len(self.samples):,} samples"

@@ -1,552 +1,421 @@
-"""Quantizes a model block by block: observe the inputs, search, fold, round, replace, free."""
+"""Quantizes a model block by block: fetch, observe the inputs, search, fold, round, replace, write, free."""
 
 from __future__ import annotations
 
+import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from autoq.architectures import Architecture, ScaleGroup, architecture_of
-from autoq.architectures.base import named_linears
 from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import QuantizationError
-from autoq.formats import LinearSpec, get_format
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.quantization import awq
+from autoq.nn.spread import bring, fetch_from_disk, is_offloaded
+from autoq.quantization.activations import (
+    Activations,
+    check_statistics,
+    device_of,
+    observe,
+    observe_head,
+)
+from autoq.quantization.awq_cache import read_awq_cache, write_awq_cache
+from autoq.quantization.budget import settle_memory
 from autoq.quantization.calibration import CalibrationSet
-from autoq.quantization.compensation import Compensator
+from autoq.quantization.held_out import HeldOut
+from autoq.quantization.plan import Plan, head_of
+from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport, QuantizationReport
+from autoq.quantization.search import (
+    BlockResult,
+    LinearWork,
+    Probe,
+    ScaledInputs,
+    SearchResults,
+    quantize_block,
+    quantize_linear,
+)
 from autoq.quantization.statistics import InputStatistics
-from autoq.quantization.weight import dequantize, fake_quantize, quantize
+from autoq.quantization.workspace import (
+    StatisticsStore,
+    Workspace,
+    fingerprint_of_model,
+    fingerprint_of_samples,
+)
 
-# Samples of one length go through a block together, up to this many tokens.
-_BATCH_TOKENS = 4096
-
-
-def quantize_model(
-    model: PreTrainedModel,
-    config: QuantConfig,
-    calibration: CalibrationSet,
-    progress: bool = True,
-    devices: Sequence[torch.device] = (),
-) -> tuple[QuantConfig, QuantizationReport]:
-    """Quantizes every linear of the decoder blocks, in place.
-
-    model: a transformers causal LM in evaluation mode with its weights in memory.
-    calibration: the token samples whose activations guide the search.
-    devices: where blocks are run and searched, in turns; each goes back to where it was. Empty: where it is.
-    Returns the config with what the run settled (linears left alone, other group sizes), and the report.
-
-    Raises ArchitectureError for an unknown family or block, QuantizationError when a weight or an activation is not
-    finite (the layer is named) or nothing can be quantized. On an error, blocks done before it stay quantized.
-    """
-    start = time.perf_counter()
-    plan = _Plan.of(model, config)
-    blocks = plan.architecture.decoder_blocks(model)
-    report = QuantizationReport(calibration.describe(), calibration.tokens)
-    with torch.no_grad():
-        activations = _block_inputs(model, blocks, calibration.samples)
-        report.linears += _quantize_blocks(blocks, activations, plan, devices, progress)
-        if LM_HEAD in plan.group_sizes:
-            device = devices[0] if devices else None
-            report.linears.append(_quantize_head(model, activations, calibration.samples, plan, device))
-    _warn_if_undercalibrated(report, plan.in_features)
-    _warn_of_surprises(plan)
-    report.seconds = time.perf_counter() - start
-    left_alone = tuple(dict.fromkeys([*config.modules_to_not_convert, *plan.left_alone]))
-    config = replace(config, modules_to_not_convert=left_alone, module_group_sizes=plan.other_group_sizes)
-    sizes = plan.group_sizes_of_blocks
-    if len(sizes) == 1:
-        # One size for all, even if not the one asked for, is what every engine can load.
-        others = {name: size for name, size in plan.other_group_sizes.items() if name == LM_HEAD}
-        config = replace(config, group_size=sizes.pop(), module_group_sizes=others)
-    return config, report
+# Tokens whose outputs are compared before and after scales are folded.
+_PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What becomes of every linear, settled before any work is done.
+class Run:
+    """How a model is quantized, beside the settings of the result.
 
-    group_sizes: of the linears to quantize, by full name; left_alone: why each other linear stays as it is.
-    in_features: of every linear of the blocks.
+    devices: where blocks are run and searched, in turns; each goes back to where it was. Empty: where it is.
+    max_memory: bytes of memory the process may take; what flows between blocks goes to the disk if need be.
+    work_dir: where what is done is kept, so that a stopped run goes on from there; None: nowhere.
+    statistics: a directory with the statistics of this model, used in the place of calibration, or to be filled.
+    awq_cache: a file with search results, applied in the place of a search, or to be written.
+    held_out: samples to judge the result by, which take no part in the calibration.
+    progress: show a progress bar.
     """
 
-    architecture: Architecture
-    model_config: PretrainedConfig
-    config: QuantConfig
-    group_sizes: dict[str, int]
-    left_alone: dict[str, str]
-    in_features: dict[str, int]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, config: QuantConfig) -> _Plan:
-        architecture = architecture_of(model.config)
-        plan = cls(architecture, model.config, config, {}, {}, {})
-        for index, block in enumerate(architecture.decoder_blocks(model)):
-            prefix = f"{architecture.blocks}.{index}"
-            architecture.check_block(block, prefix)
-            _check_in_memory(block, prefix)
-            for leaf, linear in named_linears(block):
-                plan._settle(f"{prefix}.{leaf}", linear)
-        if config.lm_head_bits is not None:
-            plan._settle(LM_HEAD, _head(model))
-        if not plan.group_sizes:
-            name, reason = next(iter(plan.left_alone.items()), ("the list of blocks", "it is empty"))
-            raise QuantizationError(f"nothing to quantize: every linear is left as it is ({name}: {reason})")
-        return plan
-
-    def _settle(self, name: str, linear: nn.Linear) -> None:
-        self.in_features[name] = linear.in_features
-        config = self.config
-        size = config.group_size_for(name, linear.in_features)
-        if not config.converts(name):
-            self.left_alone[name] = "listed in modules_to_not_convert"
-        elif size is None:
-            smaller = "nor a smaller one " if config.indivisible == "smaller" else ""
-            self.left_alone[name] = (
-                f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
-            )
-        else:
-            spec = LinearSpec.of(linear, config.bits_for(name), size, config.zero_point)
-            obstacle = get_format(config.version_for(name)).obstacle(spec)
-            if obstacle is None:
-                self.group_sizes[name] = size
-            else:
-                self.left_alone[name] = obstacle
-
-    @property
-    def groups(self) -> list[ScaleGroup]:
-        """The groups whose scales this run searches."""
-        if not self.config.apply_scale:
-            return []
-        return self.architecture.groups(self.model_config, self.config.scale_activations)
-
-    @property
-    def group_sizes_of_blocks(self) -> set[int]:
-        return {size for name, size in self.group_sizes.items() if name != LM_HEAD}
-
-    @property
-    def other_group_sizes(self) -> dict[str, int]:
-        """The linears that got another group size than the config's."""
-        return {name: size for name, size in self.group_sizes.items() if size != self.wanted_group_size(name)}
-
-    def wanted_group_size(self, name: str) -> int:
-        """The group size the config asks for, for a linear."""
-        return self.config.lm_head_group_size if name == LM_HEAD else self.config.group_size
-
-    def fake_quantize(self, name: str, group_size: int | None = None) -> awq.FakeQuantize:
-        """The rounding of a linear, at its own group size or another."""
-        size = self.group_sizes[name] if group_size is None else group_size
-        bits = self.config.bits_for(name)
-        return partial(fake_quantize, bits=bits, group_size=size, zero_point=self.config.zero_point)
-
-
-def _quantize_blocks(
-    blocks: nn.ModuleList, activations: _Activations, plan: _Plan, devices: Sequence[torch.device], progress: bool
-) -> list[LinearReport]:
-    """Walks the blocks. What flows between them does not depend on the search, so where there are several devices, a
-    block is observed on one while those before it are searched on the others."""
-    searches: list[Future[list[LinearReport]]] = []
-    with ThreadPoolExecutor(max(1, len(devices))) as pool:
-        search = pool.submit if len(devices) > 1 else _at_once
-        for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
-            if len(searches) >= len(devices) > 0:
-                searches[-len(devices)].result()  # the device is free again
-            prefix = f"{plan.architecture.blocks}.{index}"
-            home = _device_of(block)
-            if devices:
-                block.to(devices[index % len(devices)])
-            statistics = _observe(block, prefix, activations, index, plan)
-            searches.append(search(_search_block, block, prefix, statistics, plan, home))
-    return [report for done in searches for report in done.result()]
-
-
-def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    done: Future[Any] = Future()
-    done.set_result(function(*args))
-    return done
-
-
-def _search_block(
-    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan, home: torch.device
-) -> list[LinearReport]:
-    with torch.no_grad():  # which every thread decides for itself
-        reports = _quantize_block(block, prefix, statistics, plan)
-        if _device_of(block) != home:
-            block.to(home)
-    return reports
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(chain(module.parameters(), module.buffers())).device
-
-
-def _check_in_memory(block: nn.Module, prefix: str) -> None:
-    for name, parameter in block.named_parameters():
-        if parameter.is_meta:
-            raise QuantizationError(
-                f"the weight {prefix}.{name} is not in memory (it is offloaded); "
-                "load the model on the CPU (device_map='cpu'), and have its blocks quantized on a GPU (device='cuda')"
-            )
-
-
-class _LastBlockReached(Exception):
-    """Ends a forward pass that was started only for what reaches some blocks."""
+    devices: Sequence[torch.device] = ()
+    max_memory: int | None = None
+    work_dir: Path | None = None
+    statistics: Path | None = None
+    awq_cache: Path | None = None
+    held_out: CalibrationSet | None = None
+    progress: bool = True
 
 
 @dataclass
-class _Activations:
-    """What flows between blocks, by batch.
+class _Search:
+    """A block that was observed and is searched by one of the processes."""
 
-    hidden_states: `[samples, tokens, hidden]`.
-    keywords: the keyword arguments blocks get with them, for each kind of block.
-    kinds: the kind of every block.
-    """
+    index: int
+    block: nn.Module
+    home: torch.device
+    offloaded: bool
+    owner: int
+    work: Callable[[], Future[BlockResult]] | None  # None: done in an earlier run
+    future: Future[BlockResult] | None = None
 
-    hidden_states: list[Tensor]
-    keywords: list[dict[str, dict[str, Any]]]
-    kinds: list[str]
-
-
-def _block_kinds(model: PreTrainedModel, count: int) -> list[str]:
-    """What tells blocks apart by their arguments: full and sliding attention have masks of their own."""
-    kinds = getattr(model.config, "layer_types", None)
-    return list(kinds) if kinds is not None and len(kinds) == count else ["all"] * count
+    def start(self) -> None:
+        if self.future is None and self.work is not None:
+            self.future = self.work()
 
 
-def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Stacks samples of one length, `[samples, tokens]`: no padding, so every token counts and none is invented."""
-    by_length: dict[int, list[Tensor]] = {}
-    for sample in samples:
-        by_length.setdefault(len(sample), []).append(sample)
-    for length, same in by_length.items():
-        count = max(1, _BATCH_TOKENS // length)
-        for first in range(0, len(same), count):
-            yield torch.stack(same[first : first + count])
+class Quantizer:
+    """One run over the decoder blocks of a model, whose linears are quantized in place."""
 
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, config: QuantConfig, calibration: CalibrationSet, run: Run | None = None
+    ) -> None:
+        """Settles everything that can be refused before the model is changed.
 
-def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor]) -> _Activations:
-    """Runs the model as far as the first block of every kind."""
-    kinds = _block_kinds(model, len(blocks))
-    found = _Activations([], [], kinds)
-    firsts = {kind: kinds.index(kind) for kind in kinds}
+        model: a transformers causal LM in evaluation mode, in memory, or on the disk with accelerate's hooks: then each
+            block is fetched when it is its turn, and goes back to the disk quantized.
+        calibration: the token samples whose activations guide the search.
 
-    def record(kind: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keywords = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            if firsts[kind] == 0:
-                found.hidden_states.append(args[0] if args else kwargs["hidden_states"])
-                found.keywords.append({})
-            found.keywords[-1][kind] = keywords
-            if firsts[kind] == max(firsts.values()):
-                raise _LastBlockReached
+        Raises ArchitectureError for an unknown family or block, QuantizationError when nothing can be quantized,
+        ConfigError when the memory does not suffice or a directory is another run's.
+        """
+        self.model, self.calibration = model, calibration
+        self.plan = plan = Plan.of(model, config)
+        self.run = run = run or Run()
+        self.ranks = Ranks()
+        self.search = SearchResults()
+        self.blocks = plan.architecture.decoder_blocks(model)
+        self.known = read_awq_cache(run.awq_cache) if run.awq_cache is not None and run.awq_cache.exists() else None
+        self.store: StatisticsStore | None = None
+        identity = fingerprint_of_model(model) if run.work_dir or run.statistics else ""
+        if run.statistics is not None:
+            self.store = StatisticsStore(run.statistics, identity)
+        self.collects = self.store is None or not self.store.is_complete
+        held_out = () if run.held_out is None else run.held_out.samples
+        own = 1 / self.ranks.size
+        spills = settle_memory(
+            self.model,
+            plan,
+            int(own * self.calibration.tokens) if self.collects else 0,
+            int(own * sum(len(sample) for sample in held_out)),
+            max_memory=run.max_memory,
+            work_dir=run.work_dir,
+            shows=run.progress and self.ranks.is_first,
+        )
+        self.workspace, folder = self._open_workspace(identity, spills)
+        done = 0 if self.workspace is None else self.workspace.finished(len(self.blocks))
+        self.done = self.ranks.tell(done)
 
-        return hook
+        def activations(samples: Sequence[Tensor], name: str) -> Activations:
+            return Activations(self.model, plan, samples, None if folder is None else folder / name, self.done)
 
-    handles = [
-        blocks[index].register_forward_pre_hook(record(kind), with_kwargs=True) for kind, index in firsts.items()
-    ]
-    try:
-        for batch in _batches(samples):
-            with suppress(_LastBlockReached):
-                model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        calibrating = self.ranks.share(self.calibration.samples) if self.collects else ()
+        self.activations = activations(calibrating, "calibration")
+        self.probe = activations([self.calibration.samples[0][:_PROBE_TOKENS]], "probe")
+        self.held_out: HeldOut | None = None
+        if held_out:
+            self.held_out = HeldOut(self.model, plan, self.ranks.share(held_out), folder, self.done)
 
+    def _open_workspace(self, model: str, spills: bool) -> tuple[Workspace | None, Path | None]:
+        """Where results are kept, and where hidden states are, if not in memory."""
+        directory = self.run.work_dir
+        if directory is None:
+            if not spills and not is_offloaded(self.blocks):
+                return None, None
+            directory = Path(self.ranks.tell(tempfile.mkdtemp(prefix="autoq-") if self.ranks.is_first else ""))
+            if self.ranks.is_first:
+                weakref.finalize(self.model, rmtree, directory, ignore_errors=True)
+        held_out = self.run.held_out
+        identity = {
+            "settings": asdict(self.plan.config),
+            "model": model,
+            "calibration samples": fingerprint_of_samples(self.calibration.samples) if self.collects else "statistics",
+            "held-out samples": None if held_out is None else fingerprint_of_samples(held_out.samples),
+            "search results": self.known is not None,
+        }
+        workspace = Workspace(directory, identity)
+        keeps = self.run.work_dir is not None or spills
+        return workspace, directory / f"activations-{self.ranks.rank}-of-{self.ranks.size}" if keeps else None
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Moves the tensors of a keyword argument (some families pass tuples of them)."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to_device(entry, device) for entry in value)
-    return value
+    @torch.no_grad()
+    def quantize(self) -> tuple[QuantConfig, QuantizationReport]:
+        """Quantizes the model.
 
+        Returns the config with what the run settled (linears left alone, other group sizes), and the report.
+        Raises QuantizationError when a weight or an activation is not finite (the layer is named), or folding changes
+        what a block computes. On an error, blocks done before it stay quantized.
+        """
+        start = time.perf_counter()
+        report = self._walk()
+        self.plan.warn_if_undercalibrated(report)
+        self.plan.warn_of_surprises()
+        report.seconds = time.perf_counter() - start
+        return self.plan.settled_config(), report
 
-@contextmanager
-def _input_hooks(block: nn.Module, leaders: Iterable[str], statistics: dict[str, InputStatistics]) -> Iterator[None]:
-    """While open, adds the inputs of the linears named in `leaders` to their statistics."""
+    def _walk(self) -> QuantizationReport:
+        """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
+        or processes, a block is observed while those before it are searched."""
+        report = QuantizationReport(self._describe(), self._tokens())
+        width = max(len(self.run.devices), self.ranks.size)
+        pending: list[_Search] = []
+        shown = self.run.progress and self.ranks.is_first
+        with (
+            ThreadPoolExecutor(max(1, len(self.run.devices))) as pool,
+            tqdm(total=len(self.blocks), desc="quantizing", unit="block", disable=not shown) as bar,
+        ):
+            for index in range(len(self.blocks)):
+                if len(pending) >= width:
+                    report.linears += self._settle(pending, bar)
+                pending.append(self._begin(index, pool))
+                if len(self.run.devices) > 1:
+                    pending[-1].start()
+            while pending:
+                report.linears += self._settle(pending, bar)
+        head = self._quantize_head(report) if LM_HEAD in self.plan.group_sizes else None
+        if self.held_out is not None and self.run.held_out is not None:
+            source = self.run.held_out.source
+            report.held_out = self.held_out.compare(self.model, self.plan, head, self.ranks, source)
+        if head is not None:
+            replace_module(self.model, LM_HEAD, head)
+            self.model.config.tie_word_embeddings = False
+        self._keep_findings()
+        return report
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            entry = statistics.get(name)
-            if entry is None:
-                entry = statistics[name] = InputStatistics(args[0].shape[-1], args[0].device)
-            entry.add(args[0])
+    def _describe(self) -> str:
+        if self.collects or self.store is None:
+            return self.calibration.describe()
+        return f"{self.store.description} (statistics collected earlier)"
 
-        return hook
+    def _tokens(self) -> int:
+        return self.calibration.tokens if self.collects or self.store is None else self.store.tokens
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(observe(name)) for name in leaders]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _begin(self, index: int, pool: ThreadPoolExecutor) -> _Search:
+        """Fetches and observes a block; what is left is its search."""
+        block, prefix = self.blocks[index], self.plan.block_name(index)
+        owner = index % self.ranks.size
+        offloaded = is_offloaded(block)
+        done = index < self.done
+        if done and self._all_are_past(index):
+            return _Search(index, block, _home(block), offloaded, 0, None)
+        if offloaded:
+            bring(block, prefix)
+        home = _home(block)
+        devices = self.run.devices
+        if devices:
+            block.to(devices[index % len(devices)])
+        device = device_of(block)
+        statistics: dict[str, InputStatistics] = {}
+        if self.activations.states.stage == index and self.activations.batches:
+            if done:
+                self.activations.advance(block)
+            else:
+                statistics = self._observe(index, block, owner)
+        probe = None
+        if self.probe.states.stage == index:
+            probe = Probe(self.probe.states.read(0).to(device), self.probe.keywords(0, device))
+            self.probe.advance(block)
+        if self.held_out is not None and self.held_out.full.states.stage == index:
+            self.held_out.full.advance(block)
+        if done:
+            return _Search(index, block, home, offloaded, 0, None)
 
+        def work() -> BlockResult:
+            with torch.no_grad():  # which every thread decides for itself
+                found = (
+                    statistics if self.collects or self.store is None else self.store.load(f"block-{index:05d}", device)
+                )
+                check_statistics(found, f"{prefix}.")
+                return quantize_block(block, prefix, found, self.plan, probe, self.known)
 
-def _observe(
-    block: nn.Module, prefix: str, activations: _Activations, number: int, plan: _Plan
-) -> dict[str, InputStatistics]:
-    """Sends the activations through the block, in place; returns the statistics of every linear's inputs.
+        several = len(devices) > 1
+        start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
+        return _Search(index, block, home, offloaded, owner, start if owner == self.ranks.rank else None)
 
-    Linears of one scale group read the same activation, so one of them is observed for all.
-    """
-    leader_of = {leaf: leaf for leaf, _ in named_linears(block)}
-    for group in plan.architecture.groups(plan.model_config, scale_activations=True):
-        leader_of.update(dict.fromkeys(group.linears, group.linears[0]))
-    statistics: dict[str, InputStatistics] = {}
-    device = _device_of(block)
-    with _input_hooks(block, set(leader_of.values()), statistics):
-        for index, hidden in enumerate(activations.hidden_states):
-            keywords = activations.keywords[index][activations.kinds[number]]
-            keywords = {key: _to_device(value, device) for key, value in keywords.items()}
-            output = block(hidden.to(device), **keywords)
-            activations.hidden_states[index] = output[0] if isinstance(output, tuple) else output
-    for name, entry in statistics.items():
-        if not entry.finish().is_finite():
-            raise QuantizationError(
-                f"the inputs of {prefix}.{name} hold NaN or infinity during calibration; load the model in bfloat16 "
-                "or float32 (torch_dtype=...), or check its weights"
-            )
-    missing = next((leaf for leaf, leader in leader_of.items() if leader not in statistics), None)
-    if missing is not None:
-        raise QuantizationError(f"no calibration token reached {prefix}.{missing}; it cannot be quantized")
-    return {leaf: statistics[leader] for leaf, leader in leader_of.items()}
+    def _all_are_past(self, index: int) -> bool:
+        """Whether nothing has to go through this block any more: it was done in an earlier run."""
+        streams = [self.activations, self.probe]
+        if self.held_out is not None:
+            streams += [self.held_out.full]
+        return all(not stream.batches or stream.states.stage > index for stream in streams)
 
+    def _observe(self, index: int, block: nn.Module, owner: int) -> dict[str, InputStatistics]:
+        statistics = observe(block, self.activations, self.plan)
+        self.ranks.gather(statistics, owner)
+        if self.ranks.rank != owner:
+            return {}
+        if self.store is not None:
+            for entry in statistics.values():
+                entry.finish()
+            self.store.save(f"block-{index:05d}", statistics)
+        return statistics
 
-def _quantize_block(
-    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan
-) -> list[LinearReport]:
-    """Searches, folds and rounds one block; its quantized linears become QuantLinear."""
-    work = {leaf: _LinearWork(linear, f"{prefix}.{leaf}") for leaf, linear in named_linears(block)}
-    for group in plan.groups:
-        _scale_group(block, prefix, group, statistics[group.linears[0]], work, plan)
-    reports = []
-    inputs: dict[int, _ScaledInputs] = {}
-    for leaf, item in work.items():
-        if item.name in plan.group_sizes:
-            # Linears that share statistics are of one scale group, so they share the scaled inputs too.
-            key = id(statistics[leaf])
-            if key not in inputs:
-                inputs[key] = _ScaledInputs(statistics[leaf], item.column_scale, plan.config.compensate)
-            module, report = _quantize_linear(leaf, item, inputs[key], plan)
-            replace_module(block, leaf, module)
+    def _settle(self, pending: list[_Search], bar: Any) -> list[LinearReport]:
+        """Ends the first search, or all where several processes wait for each other; each has one of them."""
+        ended = pending[:] if self.ranks.size > 1 else pending[:1]
+        del pending[: len(ended)]
+        for search in ended:
+            search.start()
+        reports = []
+        for search in ended:
+            reports += self._finish(search)
+            bar.update()
+        return reports
+
+    def _finish(self, search: _Search) -> list[LinearReport]:
+        """Takes the result of a search to wherever it is needed, and forgets what is not needed any more."""
+        index, block, prefix = search.index, search.block, self.plan.block_name(search.index)
+        device = search.home if not self.run.devices else self.run.devices[index % len(self.run.devices)]
+        result = BlockResult([], SearchResults())
+        tensors: dict[str, Tensor] = {}
+        if index >= self.done:
+            error: Exception | None = None
+            try:
+                if search.future is not None:
+                    result = search.future.result()
+                    tensors = dict(block.state_dict())
+            except QuantizationError as raised:
+                error = raised
+            self.ranks.agree(error, search.owner)
+        elif self.workspace is not None and self.ranks.is_first:
+            tensors, result = self.workspace.load_block(index)
+        mine = search.future is not None
+        if not mine or self.ranks.size > 1:
+            result = self.ranks.tell(result, search.owner)
+            tensors = self.ranks.send(tensors, search.owner, device)
+            if not mine:
+                self._restore(block, prefix, tensors)
+        if index >= self.done and self.workspace is not None and self.ranks.is_first:
+            self.workspace.save_block(index, tensors, result)
+        self.search.update(result.search)
+        if self.held_out is not None and self.held_out.quantized.states.stage == index:
+            self.held_out.quantized.advance(block)
+        if search.offloaded and self.workspace is not None:
+            loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
+            fetch_from_disk(self.model, prefix, loader, search.home)
+        elif device_of(block) != search.home:
+            block.to(search.home)
+        self._forget(index + 1)
+        return result.reports
+
+    def _restore(self, block: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
+        """Makes a block what an earlier run or another process made of it."""
+        remove_hook_from_submodules(block)  # which would fetch what it was
+        for leaf, module in list(block.named_modules()):
+            if f"{prefix}.{leaf}" in self.plan.specs:
+                bias = getattr(module, "bias", None)
+                replace_module(block, leaf, QuantLinear.empty(self.plan.specs[f"{prefix}.{leaf}"], bias))
+        for group in self.plan.groups:
+            if group.activation and f"{group.prev}.scales" in tensors:
+                scales = tensors[f"{group.prev}.scales"]
+                act = ScaledActivation(block.get_submodule(group.prev), scales.numel(), scales.dtype)
+                replace_module(block, group.prev, act)
+        block.load_state_dict(tensors, strict=True, assign=True)
+
+    def _forget(self, index: int) -> None:
+        """Deletes the inputs of blocks before one that a stopped run would not go back to."""
+        streams = [self.activations, self.probe]
+        if self.held_out is not None:
+            streams += [self.held_out.full, self.held_out.quantized]
+        for stream in streams:
+            stream.states.forget(index)
+
+    def _quantize_head(self, report: QuantizationReport) -> QuantLinear:
+        """The output head, quantized with what the blocks made of the calibration data as its inputs.
+
+        A head that is tied to the embeddings is untied: they stay as they are.
+        """
+        head = head_of(self.model)
+        bring(head, LM_HEAD)
+        home = head.weight.device
+        device = self.run.devices[0] if self.run.devices else home
+        work = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
+        work.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
+        work.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(device), requires_grad=False)
+        if self.collects or self.store is None:
+            statistics = observe_head(self.model, head, self.activations, self.plan, device)
+            self.ranks.gather({LM_HEAD: statistics}, 0)
+            if self.store is not None and self.ranks.is_first:
+                self.store.save(LM_HEAD, {LM_HEAD: statistics.finish()})
         else:
-            item.restore()
-            report = LinearReport(item.name, None, None, None, None, 0, plan.left_alone[item.name])
-        reports.append(report)
-    return reports
+            statistics = self.store.load(LM_HEAD, device)[LM_HEAD]
+        tensors: dict[str, Tensor] = {}
+        line: LinearReport | None = None
+        error: Exception | None = None
+        if self.ranks.is_first:
+            try:
+                check_statistics({LM_HEAD: statistics})
+                item = LinearWork(work, LM_HEAD)
+                inputs = ScaledInputs(statistics, item.column_scale, self.plan.config.compensate)
+                module, line = quantize_linear(item, inputs, self.plan, self.known, self.search)
+                tensors = dict(module.state_dict())
+            except QuantizationError as raised:
+                error = raised
+        self.ranks.agree(error, 0)
+        line = self.ranks.tell(line)
+        tensors = self.ranks.send(tensors, 0, home)
+        assert line is not None
+        report.linears.append(line)
+        quantized = QuantLinear.empty(self.plan.specs[LM_HEAD], head.bias)
+        quantized.load_state_dict(tensors, strict=True, assign=True)
+        return quantized
+
+    def _keep_findings(self) -> None:
+        """Writes what other runs may use."""
+        if not self.ranks.is_first:
+            return
+        if self.run.awq_cache is not None and self.known is None:
+            write_awq_cache(self.run.awq_cache, self.search)
+        if self.store is not None and self.collects:
+            names = [f"block-{index:05d}" for index in range(len(self.blocks))]
+            names += [LM_HEAD] if LM_HEAD in self.plan.group_sizes else []
+            self.store.finish(names, self.calibration.describe(), self.calibration.tokens)
 
 
-def _head(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_submodule(LM_HEAD)
-    if not isinstance(head, nn.Linear):
-        raise QuantizationError(f"{LM_HEAD} is a {type(head).__name__}, not a linear; leave lm_head_bits out")
-    return head
+def _home(block: nn.Module) -> torch.device:
+    """Where a block goes back to; of one on the disk, where it runs."""
+    device = device_of(block)
+    return torch.device("cpu") if device.type == "meta" else device
 
 
-def _quantize_head(
-    model: PreTrainedModel,
-    activations: _Activations,
-    samples: Sequence[Tensor],
-    plan: _Plan,
-    device: torch.device | None,
-) -> LinearReport:
-    """Quantizes the output head, with what the blocks made of the calibration data as its inputs; on a device, or where
-    it is.
-
-    A head that is tied to the embeddings is untied: they stay as they are.
-    """
-    head = _head(model)
-    home = head.weight.device
-    head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)  # its own: moving it moves no embeddings
-    if device is not None:
-        head.to(device)
-    statistics = InputStatistics(head.in_features, head.weight.device)
-
-    def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        statistics.add(args[0])
-        raise _LastBlockReached
-
-    hook = head.register_forward_pre_hook(observe)
+def _at_once(work: Callable[[], BlockResult]) -> Future[BlockResult]:
+    done: Future[BlockResult] = Future()
     try:
-        for hidden, batch in zip(activations.hidden_states, _batches(samples), strict=True):
-            with _blocks_that_give(hidden, model, plan), suppress(_LastBlockReached):
-                model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        hook.remove()
-    if not statistics.finish().is_finite():
-        raise QuantizationError(
-            f"the inputs of {LM_HEAD} hold NaN or infinity during calibration; load the model in bfloat16 or float32 "
-            "(torch_dtype=...), or check its weights"
-        )
-    item = _LinearWork(head, LM_HEAD)
-    inputs = _ScaledInputs(statistics, item.column_scale, plan.config.compensate)
-    module, report = _quantize_linear(LM_HEAD, item, inputs, plan)
-    replace_module(model, LM_HEAD, module.to(home))
-    model.config.tie_word_embeddings = False
-    return report
-
-
-@contextmanager
-def _blocks_that_give(hidden: Tensor, model: PreTrainedModel, plan: _Plan) -> Iterator[None]:
-    """While open, the blocks of the model compute nothing, and the last gives `hidden`."""
-    blocks = plan.architecture.decoder_blocks(model)
-    in_tuple = plan.architecture.block(plan.model_config).returns_tuple
-    hidden = hidden.to(_device_of(blocks[-1]))
-
-    def give(*_args: Any, **_kwargs: Any) -> Any:
-        return (hidden, None) if in_tuple else hidden
-
-    own = [block.__dict__.get("forward") for block in blocks]  # of the instance: accelerate's, say
-    for block in blocks:
-        block.forward = give
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-class _LinearWork:
-    """A linear while its block is worked on: in fp32 whatever the model's dtype, and what was folded into it."""
-
-    def __init__(self, linear: nn.Linear, name: str) -> None:
-        if not torch.isfinite(linear.weight).all():
-            raise QuantizationError(f"the weight of {name} holds NaN or infinity; check the checkpoint it came from")
-        self.linear = linear
-        self.name = name
-        self.dtype = linear.weight.dtype
-        self.original = linear.weight.detach().float()
-        self.column_scale = torch.ones(linear.in_features, device=linear.weight.device)
-        self.row_scale = torch.ones(linear.out_features, device=linear.weight.device)
-        self._cast(torch.float32)
-
-    def _cast(self, dtype: torch.dtype) -> None:
-        # A copy: the original stays for the report.
-        self.linear.weight = nn.Parameter(self.linear.weight.detach().to(dtype, copy=True), requires_grad=False)
-        if self.linear.bias is not None:
-            self.linear.bias = nn.Parameter(self.linear.bias.detach().to(dtype), requires_grad=False)
-
-    def restore(self) -> None:
-        """Back to the model's dtype, for a linear that is not quantized."""
-        self._cast(self.dtype)
-
-
-def _scale_group(
-    block: nn.Module,
-    prefix: str,
-    group: ScaleGroup,
-    inputs: InputStatistics,
-    work: dict[str, _LinearWork],
-    plan: _Plan,
-) -> None:
-    """Searches one group's scale and folds it.
-
-    A group that touches a linear to be left as it is is left as it is: folding would change that linear's weight.
-    """
-    touched = [leaf for leaf in (group.prev, *group.linears) if leaf in work]
-    if any(work[leaf].name not in plan.group_sizes for leaf in touched):
-        return
-    if group.activation:
-        act = ScaledActivation(block.get_submodule(group.prev), inputs.gram.shape[0], work[group.linears[0]].dtype)
-        replace_module(block, group.prev, act.to(inputs.gram.device))
-    prev = block.get_submodule(group.prev)
-    weight = torch.cat([work[leaf].linear.weight for leaf in group.linears])
-    first = work[group.linears[0]].name
-    rows = None if group.rows is None else group.rows(plan.model_config).to(weight.device)
-    magnitude = awq.weight_magnitude(weight, plan.group_sizes[first]) if plan.config.duo_scaling else None
-    candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
-    scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(first), candidates)
-    scale = awq.fold_scale(prev, [work[leaf].linear for leaf in group.linears], scale, rows)
-    for leaf in group.linears:
-        work[leaf].column_scale = scale
-    if isinstance(prev, nn.Linear):
-        work[group.prev].row_scale = awq.scale_by_row(prev.out_features, scale, rows)
-
-
-class _ScaledInputs:
-    """The inputs some linears read once their scale is folded, and what rounding needs to know of them."""
-
-    def __init__(self, inputs: InputStatistics, scale: Tensor, compensate: bool) -> None:
-        self.original = inputs.gram
-        self.tokens = inputs.tokens
-        self.gram = inputs.gram / torch.outer(scale, scale)
-        self.compensator = Compensator(self.gram) if compensate else None
-
-
-def _quantize_linear(
-    leaf: str, item: _LinearWork, inputs: _ScaledInputs, plan: _Plan
-) -> tuple[QuantLinear, LinearReport]:
-    """Clips and rounds one linear whose scales are folded."""
-    config = plan.config
-    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
-    weight = item.linear.weight.detach()
-    clipped = weight
-    if config.apply_clip and leaf.rpartition(".")[2] not in plan.architecture.unclipped:
-        clipped = awq.clip(weight, awq.search_clip(weight, inputs.gram, plan.fake_quantize(item.name, -1), group_size))
-    try:
-        quantized = quantize(clipped, config.bits_for(item.name), group_size, config.zero_point)
+        done.set_result(work())
     except QuantizationError as error:
-        raise QuantizationError(f"{item.name}: {error}") from None
-    if inputs.compensator is not None:
-        quantized = inputs.compensator.round(weight, quantized)
-    bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
-    searched = dequantize(quantized) / item.column_scale * item.row_scale.unsqueeze(1)
-    nearest = plan.fake_quantize(item.name)(item.original)
-    energy = awq.output_error(item.original, inputs.original).clamp(min=torch.finfo(torch.float32).tiny)
-    report = LinearReport(
-        name=item.name,
-        bits=quantized.bits,
-        group_size=group_size,
-        error_before=float(awq.output_error(nearest - item.original, inputs.original) / energy),
-        error_after=float(awq.output_error(searched - item.original, inputs.original) / energy),
-        tokens=inputs.tokens,
-        note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
-    )
-    return QuantLinear.from_weight(quantized, bias), report
-
-
-def _warn_of_surprises(plan: _Plan) -> None:
-    """Says what the user may not expect of the result."""
-    for pattern in plan.config.modules_to_not_convert:
-        if pattern not in "lm_head" and not any(pattern in name for name in plan.in_features):
-            warnings.warn(f"modules_to_not_convert: no linear of the blocks has {pattern!r} in its name", stacklevel=4)
-    if len(plan.group_sizes_of_blocks) > 1:
-        others = {name: size for name, size in plan.other_group_sizes.items() if name != LM_HEAD}
-        name, size = next(iter(others.items()))
-        warnings.warn(
-            f"the group size {plan.config.group_size} does not divide the inputs of {len(others)} "
-            f"linears, which got a smaller one ({name}: {size}). autoq loads such a checkpoint; engines with one group "
-            f'size for all, such as vLLM, do not: for them choose group_size={size} or indivisible="skip".',
-            stacklevel=4,
-        )
-
-
-def _warn_if_undercalibrated(report: QuantizationReport, widths: dict[str, int]) -> None:
-    """Fewer tokens than input channels leave directions of the input unseen: the search would trust noise."""
-    starved = [entry for entry in report.quantized if entry.tokens < widths[entry.name]]
-    if starved:
-        worst = max(starved, key=lambda entry: widths[entry.name] / max(entry.tokens, 1))
-        warnings.warn(
-            f"too little calibration data: {len(starved)} of {len(report.quantized)} linears saw fewer tokens than "
-            f"they have input channels ({worst.name}: {worst.tokens} tokens, {widths[worst.name]} channels); the "
-            "scales are unreliable. Give more or longer samples (calib_data, max_calib_samples, max_calib_seq_len).",
-            stacklevel=4,
-        )
+        done.set_exception(error)
+    return done

@@ -22,6 +22,13 @@ class InputStatistics:
         self.absolute = torch.zeros(channels, device=device)
         self.tokens = 0
 
+    @classmethod
+    def of(cls, gram: Tensor, absolute: Tensor, tokens: int) -> InputStatistics:
+        """Statistics collected earlier."""
+        statistics = cls(0, gram.device)
+        statistics.gram, statistics.absolute, statistics.tokens = gram, absolute, tokens
+        return statistics
+
     def add(self, inputs: Tensor) -> None:
         """inputs: `[..., channels]`, any floating dtype; summed in fp32."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(device=self.gram.device, dtype=torch.float32)

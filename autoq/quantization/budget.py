@@ -1,0 +1,180 @@
+"""What a run will take, before it begins: memory, disk and time; and whether it may."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autoq.architectures.base import named_linears
+from autoq.config import LM_HEAD
+from autoq.errors import ConfigError
+from autoq.nn.spread import is_offloaded
+from autoq.placement import megabytes, parts_of
+from autoq.quantization.activations import BATCH_TOKENS, leaders_of
+from autoq.quantization.held_out import HELD_OUT_BATCH_TOKENS
+from autoq.quantization.plan import Plan
+
+# Beside what is counted: what libraries allocate for themselves, and what the allocator does not give back.
+_UNCOUNTED = 300_000_000
+# Copies of a Gram matrix while it is factored, and of a weight while it is rounded, in fp32.
+_GRAM_COPIES = 3
+_WEIGHT_COPIES = 7
+# Passes over all rows of a weight for each product with the Gram matrix that the search, the rounding and the report
+# make, in halves where symmetry spares one.
+_PRODUCTS = 8
+# Beside matrix products: rounding, clipping, reading, writing.
+_OTHER_TIME = 1.7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes: `memory` of the process at its peak, `disk` bytes, `seconds`.
+
+    hidden: bytes of what flows between the blocks, which is part of `memory` or of `disk`.
+    """
+
+    memory: int
+    disk: int
+    seconds: float
+    hidden: int
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        spent = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
+        disk = f", {megabytes(self.disk)} on the disk" if self.disk else ""
+        return f"about {spent}, {megabytes(self.memory)} of memory{disk}"
+
+
+def estimate(
+    model: PreTrainedModel, plan: Plan, tokens: int, held_out_tokens: int, in_memory: bool, keeps_results: bool
+) -> Estimate:
+    """An estimate for a run on this machine.
+
+    tokens, held_out_tokens: that this process sends through the blocks. in_memory: whether what flows between blocks
+    is kept there. keeps_results: whether blocks are written to the disk.
+    """
+    blocks = plan.architecture.decoder_blocks(model)
+    largest = max(blocks, key=_linear_weights)
+    itemsize = model.dtype.itemsize
+    widths = {leaf: linear.in_features for leaf, linear in named_linears(largest)}
+    leaders = {widths[leader] for leader in leaders_of(largest, plan).values()}
+    grams = 4 * sum(widths[leader] ** 2 for leader in set(leaders_of(largest, plan).values()))
+    weights = [linear.weight.numel() for _, linear in named_linears(largest)]
+    hidden_size = int(model.config.hidden_size)
+    hidden = (tokens + 2 * held_out_tokens) * hidden_size * itemsize
+
+    offloaded = is_offloaded(blocks)
+    block = _bytes(largest) if offloaded else 0
+    # In a pass through the block some activations of its widest linear are alive, one of them in fp32.
+    batch = min(tokens, BATCH_TOKENS) * (max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize)
+    factoring = 4 * _GRAM_COPIES * max(leaders) ** 2
+    rounding = 4 * (_WEIGHT_COPIES * max(weights) + max(leaders) ** 2)
+    searching = 4 * sum(weights) + grams + max(factoring, rounding)
+    logits = 2 * min(held_out_tokens, HELD_OUT_BATCH_TOKENS) * int(model.config.vocab_size) * (itemsize + 4)
+    fetched = 2 * max(part.size for part in parts_of(model) if not part.name.startswith(plan.architecture.blocks))
+    head = 0
+    if LM_HEAD in plan.specs:
+        spec = plan.specs[LM_HEAD]
+        size = spec.in_features * spec.out_features
+        head = 4 * (_WEIGHT_COPIES * size + (_GRAM_COPIES + 1) * spec.in_features**2)
+    peak = max(block + max(grams + batch, searching), head, logits, fetched if offloaded else 0)
+    memory = psutil.Process().memory_info().rss + _UNCOUNTED + peak + (hidden if in_memory else 0)
+
+    packed = sum(
+        spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
+    )
+    disk = (packed if keeps_results else 0) + (0 if in_memory else 2 * hidden)
+    return Estimate(memory, disk, _seconds(model, blocks, plan, tokens, held_out_tokens), hidden)
+
+
+def _seconds(
+    model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, tokens: int, held_out_tokens: int
+) -> float:
+    forward = sums = 0.0
+    for block in blocks:
+        widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
+        forward += 2 * _linear_weights(block) * (tokens + 2 * held_out_tokens)
+        for leader in set(leaders_of(block, plan).values()):
+            sums += widths[leader] ** 2 * (tokens + 3 * widths[leader])
+        sums += sum(_PRODUCTS * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
+    single, own = (_rate(dtype, model.device) for dtype in (torch.float32, model.dtype))
+    return _OTHER_TIME * (forward / own + sums / single)
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second in a matrix product, measured in some milliseconds."""
+    size = 1024
+    device = torch.device("cpu") if device.type == "meta" else device
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _linear_weights(block: nn.Module) -> int:
+    return sum(linear.weight.numel() for _, linear in named_linears(block))
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors: Iterable[Tensor] = chain(module.parameters(), module.buffers())
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def settle_memory(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: int,
+    held_out_tokens: int,
+    *,
+    max_memory: int | None,
+    work_dir: Path | None,
+    shows: bool,
+) -> bool:
+    """Whether what flows between blocks has to go to the disk; says what the run will take.
+
+    max_memory: the bytes this process may take at most; None: what there is.
+    Raises ConfigError, with the numbers, when the run does not fit into the memory or onto the disk.
+    """
+    offloaded = is_offloaded(plan.architecture.decoder_blocks(model))
+    on_disk = work_dir is not None
+    found = estimate(model, plan, tokens, held_out_tokens, not on_disk, on_disk or offloaded)
+    spills = not on_disk and max_memory is not None and found.memory > max_memory
+    if spills:
+        found = estimate(model, plan, tokens, held_out_tokens, False, True)
+    if max_memory is not None and found.memory > max_memory:
+        loaded = (
+            ""
+            if offloaded
+            else ' The weights are in memory: from_pretrained(..., device_map="disk") leaves them in their files.'
+        )
+        raise ConfigError(
+            f"quantizing this model takes {megabytes(found.memory)} of memory even with everything on the disk that "
+            f"can be there, but max_memory allows {megabytes(max_memory)}; raise it, or quantize on a larger machine."
+            f"{loaded}"
+        )
+    if found.disk:
+        directory = work_dir or Path(tempfile.gettempdir())
+        free = shutil.disk_usage(
+            next(place for place in (directory, *directory.absolute().parents) if place.exists())
+        ).free
+        if found.disk > free:
+            raise ConfigError(
+                f"quantizing this model takes {megabytes(found.disk)} on the disk, but {directory} has "
+                f"{megabytes(free)} left; give a work_dir where there is more"
+            )
+    if shows:
+        print(f"quantizing takes {found}")
+    return spills

@@ -1,0 +1,312 @@
+"""Quantizes one block, given what its linears read: searches and folds scales, searches clips, rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoq.architectures import ScaleGroup
+from autoq.architectures.base import named_linears
+from autoq.errors import QuantizationError
+from autoq.nn import QuantLinear, ScaledActivation
+from autoq.nn.linear import replace_module
+from autoq.quantization import awq
+from autoq.quantization.activations import leaders_of
+from autoq.quantization.compensation import Compensator
+from autoq.quantization.plan import Plan
+from autoq.quantization.report import LinearReport
+from autoq.quantization.statistics import InputStatistics
+from autoq.quantization.weight import dequantize, quantize
+
+# How far folded scales may move a block's output, relative to what the block adds to its input: a thousandth, or this
+# many roundings of the model's dtype, in which norms keep their weights and biases.
+_FOLDING_TOLERANCE = 1e-3
+_FOLDING_ROUNDINGS = 8
+
+
+@dataclass
+class SearchResults:
+    """What the AWQ search found, by the full names of modules.
+
+    scales: `[channels]`, for the operation that divides by it and the linears that are multiplied by it.
+    clips: `[out, groups, 1]`, the range of each group of a linear whose scale is folded.
+    """
+
+    scales: dict[tuple[str, tuple[str, ...]], Tensor] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
+
+    def update(self, other: SearchResults) -> None:
+        """Takes over what another search found."""
+        self.scales.update(other.scales)
+        self.clips.update(other.clips)
+
+
+@dataclass
+class BlockResult:
+    """What became of a block: a line for each linear, and what the search found."""
+
+    reports: list[LinearReport]
+    search: SearchResults
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some inputs of a block, to see that folding scales does not change what it computes."""
+
+    hidden: Tensor
+    keywords: Mapping[str, Any]
+
+
+class LinearWork:
+    """A linear while its block is worked on: in fp32 whatever the model's dtype, and what was folded into it."""
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        if not torch.isfinite(linear.weight).all():
+            raise QuantizationError(f"the weight of {name} holds NaN or infinity; check the checkpoint it came from")
+        self.linear = linear
+        self.name = name
+        self.dtype = linear.weight.dtype
+        self.original = linear.weight.detach()
+        self.column_scale = torch.ones(linear.in_features, device=linear.weight.device)
+        self.row_scale = torch.ones(linear.out_features, device=linear.weight.device)
+        self._cast(torch.float32)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # A copy: the original stays for the report.
+        self.linear.weight = nn.Parameter(self.linear.weight.detach().to(dtype, copy=True), requires_grad=False)
+        if self.linear.bias is not None:
+            self.linear.bias = nn.Parameter(self.linear.bias.detach().to(dtype), requires_grad=False)
+
+    def restore(self) -> None:
+        """Back to the model's dtype, for a linear that is not quantized."""
+        self._cast(self.dtype)
+
+
+class ScaledInputs:
+    """The inputs some linears read once their scale is folded, and what rounding needs to know of them.
+
+    Takes over the statistics' Gram matrix and scales it in place: a wide linear's takes a large part of the memory.
+    """
+
+    def __init__(self, inputs: InputStatistics, scale: Tensor, compensate: bool) -> None:
+        self.tokens = inputs.tokens
+        self.gram = inputs.gram.div_(scale).div_(scale.unsqueeze(1))
+        self.compensator = Compensator(self.gram) if compensate else None
+
+
+def quantize_block(
+    block: nn.Module,
+    prefix: str,
+    statistics: dict[str, InputStatistics],
+    plan: Plan,
+    probe: Probe | None = None,
+    known: SearchResults | None = None,
+) -> BlockResult:
+    """Searches, folds and rounds one block; its quantized linears become QuantLinear.
+
+    statistics: of what the linears read, by the leader of those that read the same; emptied.
+    probe: inputs to check the folded block with, before anything is rounded.
+    known: what an earlier search found, to be applied without a search.
+    """
+    found = SearchResults()
+    work = {leaf: LinearWork(linear, f"{prefix}.{leaf}") for leaf, linear in named_linears(block)}
+    with _unchanged(block, prefix, next(iter(work.values())).dtype, probe):
+        for group in plan.groups:
+            _scale_group(block, prefix, group, statistics, work, plan, known, found)
+    order = list(work)
+    reports = {}
+    for leader, leaves in _by_leader(block, plan).items():
+        kept = [leaf for leaf in leaves if work[leaf].name in plan.group_sizes]
+        if kept:
+            inputs = ScaledInputs(statistics.pop(leader), work[kept[0]].column_scale, plan.config.compensate)
+            for leaf in kept:
+                # What is done is dropped at once: in fp32 it is large.
+                module, reports[leaf] = quantize_linear(work.pop(leaf), inputs, plan, known, found)
+                replace_module(block, leaf, module)
+    for leaf, item in work.items():
+        item.restore()
+        reports[leaf] = LinearReport(item.name, None, None, None, None, 0, plan.left_alone[item.name])
+    return BlockResult([reports[leaf] for leaf in order], found)
+
+
+def _by_leader(block: nn.Module, plan: Plan) -> dict[str, list[str]]:
+    """The linears that read the same, by the one that is observed for them."""
+    found: dict[str, list[str]] = {}
+    for leaf, leader in leaders_of(block, plan).items():
+        found.setdefault(leader, []).append(leaf)
+    return found
+
+
+@contextmanager
+def _unchanged(block: nn.Module, prefix: str, dtype: torch.dtype, probe: Probe | None) -> Iterator[None]:
+    """Raises QuantizationError if what happens while it is open changes what the block computes in fp32."""
+    if probe is None:
+        yield
+        return
+    before = _output(block, probe)
+    yield
+    after = _output(block, probe)
+    added = before - probe.hidden.float()
+    moved = float((after - before).norm() / added.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    if not moved <= max(_FOLDING_TOLERANCE, _FOLDING_ROUNDINGS * torch.finfo(dtype).eps):
+        raise QuantizationError(
+            f"folding the scales changes the output of {prefix} by {moved:.1%}, where it should not change it: the "
+            "block computes something its architecture's description does not say. Quantize with apply_scale=False, "
+            "or as a model of a family that fits"
+        )
+
+
+def _output(block: nn.Module, probe: Probe) -> Tensor:
+    """The block's output in fp32, whatever the dtypes of its tensors, which stay as they are."""
+
+    def to_float(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.float()
+        return tuple(to_float(entry) for entry in value) if isinstance(value, tuple) else value
+
+    others = [tensor for tensor in chain(block.parameters(), block.buffers()) if tensor.dtype != torch.float32]
+    others = [tensor for tensor in others if tensor.is_floating_point()]
+    held = [tensor.data for tensor in others]
+    try:
+        for tensor in others:
+            tensor.data = tensor.data.float()
+        output = block(probe.hidden.float(), **{name: to_float(value) for name, value in probe.keywords.items()})
+    finally:
+        for tensor, data in zip(others, held, strict=True):
+            tensor.data = data
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _scale_group(
+    block: nn.Module,
+    prefix: str,
+    group: ScaleGroup,
+    statistics: dict[str, InputStatistics],
+    work: dict[str, LinearWork],
+    plan: Plan,
+    known: SearchResults | None,
+    found: SearchResults,
+) -> None:
+    """Searches one group's scale and folds it.
+
+    A group that touches a linear to be left as it is is left as it is: folding would change that linear's weight.
+    """
+    touched = [leaf for leaf in (group.prev, *group.linears) if leaf in work]
+    if any(work[leaf].name not in plan.group_sizes for leaf in touched):
+        return
+    names = f"{prefix}.{group.prev}", tuple(work[leaf].name for leaf in group.linears)
+    if known is not None and names not in known.scales:
+        return
+    inputs = statistics[group.linears[0]]
+    weights = [work[leaf].linear.weight for leaf in group.linears]
+    device, channels = weights[0].device, weights[0].shape[1]
+    if group.activation:
+        act = ScaledActivation(block.get_submodule(group.prev), channels, work[group.linears[0]].dtype)
+        replace_module(block, group.prev, act.to(device))
+    prev = block.get_submodule(group.prev)
+    rows = None if group.rows is None else group.rows(plan.model_config).to(device)
+    if known is None:
+        weight = torch.cat(weights)
+        first = work[group.linears[0]].name
+        magnitude = awq.weight_magnitude(weight, plan.group_sizes[first]) if plan.config.duo_scaling else None
+        candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
+        scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(first), candidates)
+    else:
+        scale = _known_scale(known.scales[names], names, channels, rows).to(device)
+    scale = awq.fold_scale(prev, [work[leaf].linear for leaf in group.linears], scale, rows)
+    found.scales[names] = scale
+    for leaf in group.linears:
+        work[leaf].column_scale = scale
+    if isinstance(prev, nn.Linear):
+        work[group.prev].row_scale = awq.scale_by_row(prev.out_features, scale, rows)
+
+
+def _known_scale(scale: Tensor, names: tuple[str, tuple[str, ...]], channels: int, rows: Tensor | None) -> Tensor:
+    """A scale of an earlier search, if it fits."""
+    scale = scale.float().flatten()
+    fits = scale.numel() == channels and bool((torch.isfinite(scale) & (scale > 0)).all())
+    if not fits:
+        raise QuantizationError(
+            f"the search results hold a scale for {names[1][0]} that is not {channels} positive numbers; they are not "
+            "of this model"
+        )
+    if rows is not None:
+        shared = torch.zeros(int(rows.max()) + 1).scatter_reduce(0, rows.cpu(), scale.cpu(), "amax")[rows.cpu()]
+        if not torch.equal(shared, scale.cpu()):
+            raise QuantizationError(
+                f"the search results scale channels of {names[1][0]} differently that come from one row of {names[0]}; "
+                "they are not of this model"
+            )
+    return scale
+
+
+def quantize_linear(
+    item: LinearWork, inputs: ScaledInputs, plan: Plan, known: SearchResults | None, found: SearchResults
+) -> tuple[QuantLinear, LinearReport]:
+    """Clips and rounds one linear whose scales are folded."""
+    config = plan.config
+    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
+    weight = item.linear.weight.detach()
+    clipped = _clip(weight, item.name, inputs, plan, known, found)
+    share = float((clipped != weight).float().mean())
+    try:
+        quantized = quantize(clipped, config.bits_for(item.name), group_size, config.zero_point)
+    except QuantizationError as error:
+        raise QuantizationError(f"{item.name}: {error}") from None
+    del clipped
+    if inputs.compensator is not None:
+        quantized = inputs.compensator.round(weight, quantized)
+    bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
+    nearest = plan.fake_quantize(item.name)(item.original.float())
+    report = LinearReport(
+        name=item.name,
+        bits=quantized.bits,
+        group_size=group_size,
+        error_before=_error((nearest - item.original) * item.column_scale, weight, item, inputs),
+        error_after=_error((dequantize(quantized) - weight) * item.row_scale.unsqueeze(1), weight, item, inputs),
+        tokens=inputs.tokens,
+        note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
+        clipped=share,
+    )
+    return QuantLinear.from_weight(quantized, bias), report
+
+
+def _error(difference: Tensor, weight: Tensor, item: LinearWork, inputs: ScaledInputs) -> float:
+    """The share of the linear's output `|W X|^2` that a difference of the weights, its columns scaled, makes."""
+    energy = awq.output_error(weight * item.row_scale.unsqueeze(1), inputs.gram)
+    return float(awq.output_error(difference, inputs.gram) / energy.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _clip(
+    weight: Tensor,
+    name: str,
+    inputs: ScaledInputs,
+    plan: Plan,
+    known: SearchResults | None,
+    found: SearchResults,
+) -> Tensor:
+    """The weight within the range its groups are best clipped to."""
+    if not plan.config.apply_clip or name.rpartition(".")[2] in plan.architecture.unclipped:
+        return weight
+    size = plan.group_sizes[name]
+    if known is None:
+        ranges = awq.search_clip(weight, inputs.gram, plan.fake_quantize(name, -1), size)
+    elif name in known.clips:
+        ranges = known.clips[name].to(weight)
+        shape = (weight.shape[0], weight.shape[1] // (weight.shape[1] if size == -1 else size), 1)
+        if ranges.shape != shape:
+            raise QuantizationError(
+                f"the search results clip {name} in ranges of shape {tuple(ranges.shape)}, where groups of {size} "
+                f"make it {shape}; they were searched for another group size"
+            )
+    else:
+        return weight
+    found.clips[name] = ranges
+    return awq.clip(weight, ranges)
