@@ -2,12 +2,16 @@
 
 python examples/quantize.py MODEL OUT [--bits 4] [--group-size 128] [--head-bits 8] [--calibration FILE_OR_DATASET]
 
-The model stays in the memory of the CPU; with [--device cuda:0 cuda:1] its blocks visit these GPUs.
+The model stays in the memory of the CPU; with [--device cuda:0 cuda:1] its blocks visit these GPUs. With
+[--max-memory 16GiB] it stays on the disk, and one block at a time is in memory. With [--work-dir DIR] a run that was
+stopped goes on when the same command is given again. Several processes share the work:
+torchrun --nproc-per-node 2 examples/quantize.py MODEL OUT ...
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from transformers import AutoTokenizer
 
@@ -27,9 +31,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
     parser.add_argument("--device", nargs="+", help="where blocks are searched, such as cuda:0 cuda:1 (default: here)")
+    parser.add_argument("--max-memory", help="what the process may take, such as 16GiB; the model stays on the disk")
+    parser.add_argument("--work-dir", help="directory to resume from if stopped; delete it afterwards")
+    parser.add_argument("--statistics", help="directory to keep the calibration's statistics in, or to use them from")
+    parser.add_argument("--awq-cache", help="file to keep the search results in, or to apply them from (llm-awq's)")
+    parser.add_argument("--max-kl", type=float, help="save nothing if the KL divergence on held-out text is larger")
     arguments = parser.parse_args()
 
-    model = AutoQForCausalLM.from_pretrained(arguments.model)
+    model = AutoQForCausalLM.from_pretrained(arguments.model, device_map="disk" if arguments.max_memory else None)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     report = model.quantize(
         tokenizer,
@@ -43,7 +52,14 @@ def main() -> None:
         max_calib_samples=arguments.samples,
         max_calib_seq_len=arguments.length,
         device=arguments.device,
+        max_memory=arguments.max_memory,
+        work_dir=arguments.work_dir,
+        statistics=arguments.statistics,
+        awq_cache=arguments.awq_cache,
+        max_kl=arguments.max_kl,
     )
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process saves
     print(report)
     model.save_quantized(arguments.out)
     tokenizer.save_pretrained(arguments.out)

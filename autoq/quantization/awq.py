@@ -23,9 +23,11 @@ CLIP_GRID = tuple(1 - i / 20 for i in range(10))
 # would otherwise get a scale that overflows the previous operation's weight and ruins the channel once it is used.
 _SMALLEST_MAGNITUDE = 1e-4
 
-# Rows that choose the finalists among the candidate scales, and how many those are.
+# Rows that choose the finalists among the candidate scales, how many those are, and the rows that decide among them:
+# a taller weight's choice does not change with the rows left out, but takes several times as long.
 _SCREENED_ROWS = 512
 _FINALISTS = 4
+_DECIDING_ROWS = 4096
 
 # Columns of the Gram matrix multiplied at once, so that symmetry spares almost half of the work.
 _PANEL = 512
@@ -91,8 +93,8 @@ def candidate_scales(
 def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, candidates: Sequence[Tensor]) -> Tensor:
     """The candidate `s` with the smallest error `|Q(W s)(X / s) - W X|^2`; the first one wins a tie.
 
-    Of a tall weight, a sample of the rows chooses a few finalists, which are then compared on all rows: neighbouring
-    ratios differ by less than the choice of rows could hide.
+    Of a tall weight, a sample of the rows chooses a few finalists, which are then compared on many more: neighbouring
+    ratios differ by less than the choice of few rows could hide.
 
     weight: the weights that read the activation, one above the other, fp32 or fp64 `[out, in]`.
     gram: `X X^T`, `[in, in]`, in the weight's dtype.
@@ -101,14 +103,23 @@ def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, cand
     """
     finalists = list(range(len(candidates)))
     if weight.shape[0] >= 2 * _SCREENED_ROWS:
-        # Drawn at random: at equal distances they could all be the same few positions of a head.
-        drawn = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(0))[:_SCREENED_ROWS]
-        errors = _scale_errors(
-            weight[drawn.sort().values.to(weight.device)], gram, fake_quantize, candidates, finalists
-        )
+        screened = weight[drawn_rows(weight, _SCREENED_ROWS)]
+        errors = _scale_errors(screened, gram, fake_quantize, candidates, finalists)
         finalists = sorted(errors, key=errors.__getitem__)[:_FINALISTS]
-    errors = _scale_errors(weight, gram, fake_quantize, candidates, sorted(finalists))
+    deciding = weight[drawn_rows(weight, _DECIDING_ROWS)]
+    errors = _scale_errors(deciding, gram, fake_quantize, candidates, sorted(finalists))
     return candidates[min(errors, key=errors.__getitem__)]
+
+
+def drawn_rows(weight: Tensor, count: int) -> Tensor | slice:
+    """An index of `count` rows of a weight, or of all if it has no more; always the same ones.
+
+    Drawn at random: at equal distances they could all be the same few positions of a head.
+    """
+    if weight.shape[0] <= count:
+        return slice(None)
+    drawn = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(0))[:count]
+    return drawn.sort().values.to(weight.device)
 
 
 def _scale_errors(

@@ -31,7 +31,7 @@ _GRAM_COPIES = 3
 _WEIGHT_COPIES = 7
 # Passes over all rows of a weight for each product with the Gram matrix that the search, the rounding and the report
 # make, in halves where symmetry spares one.
-_PRODUCTS = 8
+_PRODUCTS = 5
 # Beside matrix products: rounding, clipping, reading, writing.
 _OTHER_TIME = 1.7
 

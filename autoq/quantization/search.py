@@ -22,12 +22,14 @@ from autoq.quantization.compensation import Compensator
 from autoq.quantization.plan import Plan
 from autoq.quantization.report import LinearReport
 from autoq.quantization.statistics import InputStatistics
-from autoq.quantization.weight import dequantize, quantize
+from autoq.quantization.weight import QuantizedWeight, dequantize, quantize
 
 # How far folded scales may move a block's output, relative to what the block adds to its input: a thousandth, or this
 # many roundings of the model's dtype, in which norms keep their weights and biases.
 _FOLDING_TOLERANCE = 1e-3
 _FOLDING_ROUNDINGS = 8
+# Rows of a weight that the errors in the report are measured on; drawn at random where there are more.
+_REPORTED_ROWS = 2048
 
 
 @dataclass
@@ -264,13 +266,13 @@ def quantize_linear(
     if inputs.compensator is not None:
         quantized = inputs.compensator.round(weight, quantized)
     bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
-    nearest = plan.fake_quantize(item.name)(item.original.float())
+    before, after = _errors(item, quantized, inputs, plan)
     report = LinearReport(
         name=item.name,
         bits=quantized.bits,
         group_size=group_size,
-        error_before=_error((nearest - item.original) * item.column_scale, weight, item, inputs),
-        error_after=_error((dequantize(quantized) - weight) * item.row_scale.unsqueeze(1), weight, item, inputs),
+        error_before=before,
+        error_after=after,
         tokens=inputs.tokens,
         note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
         clipped=share,
@@ -278,10 +280,19 @@ def quantize_linear(
     return QuantLinear.from_weight(quantized, bias), report
 
 
-def _error(difference: Tensor, weight: Tensor, item: LinearWork, inputs: ScaledInputs) -> float:
-    """The share of the linear's output `|W X|^2` that a difference of the weights, its columns scaled, makes."""
-    energy = awq.output_error(weight * item.row_scale.unsqueeze(1), inputs.gram)
-    return float(awq.output_error(difference, inputs.gram) / energy.clamp(min=torch.finfo(torch.float32).tiny))
+def _errors(item: LinearWork, quantized: QuantizedWeight, inputs: ScaledInputs, plan: Plan) -> tuple[float, float]:
+    """The shares of the output `|W X|^2` that rounding to nearest and the quantized weight err by, on some rows."""
+    rows = awq.drawn_rows(item.original, _REPORTED_ROWS)
+    row_scale = item.row_scale[rows].unsqueeze(1)
+    codes, scales, zeros, bits = quantized
+    drawn = QuantizedWeight(codes[rows], scales[rows], None if zeros is None else zeros[rows], bits)
+    original = item.original[rows].float()
+    weight = original * item.column_scale  # all three in the space of the scaled inputs
+    nearest = plan.fake_quantize(item.name)(original) * item.column_scale
+    searched = dequantize(drawn) * row_scale
+    energy = awq.output_error(weight, inputs.gram).clamp(min=torch.finfo(torch.float32).tiny)
+    before, after = (awq.output_error(found - weight, inputs.gram) / energy for found in (nearest, searched))
+    return float(before), float(after)
 
 
 def _clip(

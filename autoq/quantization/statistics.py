@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 # From this width on the Gram matrix is summed in panels, leaving out the blocks that symmetry gives.
 _PANEL = 1024
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """While open, fp32 products on a CPU of numbers that are bf16 use its bf16 units, which sum in fp32: the products
+    are exact either way. The setting is the process's, so what other threads multiply meanwhile is rounded to bf16."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined, unused-ignore]
+    before = settings.fp32_precision
+    fits = dtype == torch.bfloat16 and device.type == "cpu"
+    if fits:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        if fits:
+            settings.fp32_precision = before
 
 
 class InputStatistics:
@@ -34,10 +53,11 @@ class InputStatistics:
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(device=self.gram.device, dtype=torch.float32)
         self.tokens += rows.shape[0]
         self.absolute += rows.abs().sum(dim=0)
-        for start in range(0, rows.shape[1], _PANEL):
-            # Only the blocks on and above the diagonal.
-            panel = rows[:, start : start + _PANEL]
-            self.gram[start : start + _PANEL, start:].addmm_(panel.T, rows[:, start:])
+        channels = rows.T.contiguous()
+        with _products_of(inputs.dtype, rows.device):
+            for start in range(0, len(channels), _PANEL):
+                # Only the blocks on and above the diagonal.
+                self.gram[start : start + _PANEL, start:].addmm_(channels[start : start + _PANEL], rows[:, start:])
 
     def finish(self) -> InputStatistics:
         """Fills in the blocks below the diagonal."""
