@@ -23,6 +23,8 @@ class QuantConfig:
     """The settings of a quantization.
 
     bits: width of a code: 2, 3, 4 or 8.
+    target_bits: the mean width of the blocks' codes, such as 4.25: each linear gets 2, 3, 4 or 8 bits, by what that
+        does to its block's output. Only autoq loads such a checkpoint. None: all have `bits`.
     group_size: weights that share a scale: 16, 32, 64, 128, 256, or -1 for a whole row.
     zero_point: True for an integer zero point per group, False for symmetric ranges.
     version: the on-disk format: "gemm" (4 bits, read by every AWQ engine) or "dense" (any width, our own). Left out,
@@ -42,6 +44,7 @@ class QuantConfig:
         part of the bytes that a token reads. Other engines cannot load a checkpoint with a quantized head.
     lm_head_group_size: weights of the head that share a scale.
     module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
+    module_bits: the linears whose width differs from `bits`; filled in by quantization for `target_bits`.
     """
 
     bits: int = 4
@@ -58,12 +61,14 @@ class QuantConfig:
     lm_head_bits: int | None = None
     lm_head_group_size: int = 128
     module_group_sizes: Mapping[str, int] = field(default_factory=dict)
+    target_bits: float | None = None
+    module_bits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.version, str):
             raise ConfigError(f'version is {self.version!r}; it should be the name of a format, such as "gemm"')
         if not self.version:
-            object.__setattr__(self, "version", "gemm" if self.bits == 4 else "dense")
+            object.__setattr__(self, "version", "gemm" if self.bits == 4 and not self.is_mixed else "dense")
         _one_of("bits", self.bits, SUPPORTED_BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("lm_head_bits", self.lm_head_bits, (*SUPPORTED_BITS, None))
@@ -73,11 +78,17 @@ class QuantConfig:
             _one_of(name, getattr(self, name), (True, False))
         for name, size in self.module_group_sizes.items():
             _one_of(f"module_group_sizes[{name!r}]", size, GROUP_SIZES)
+        for name, bits in self.module_bits.items():
+            _one_of(f"module_bits[{name!r}]", bits, SUPPORTED_BITS)
+        low, high = min(SUPPORTED_BITS), max(SUPPORTED_BITS)
+        target = self.target_bits
+        if target is not None and (type(target) not in (int, float) or not low <= target <= high):
+            raise ConfigError(f"target_bits is {target!r}; it should be a number from {low} to {high}, such as 4.25")
         if self.lm_head_bits is not None and LM_HEAD in self.modules_to_not_convert:
             raise ConfigError(f"{LM_HEAD} is in modules_to_not_convert, but lm_head_bits asks to quantize it")
-        if self.version == "gemm" and self.bits != 4:
+        if self.version == "gemm" and (self.bits != 4 or self.is_mixed):
             raise ConfigError(
-                f"the gemm format holds 4-bit weights only, not {self.bits}-bit ones; "
+                f"the gemm format holds 4-bit weights only, not {'mixed' if self.is_mixed else self.bits}-bit ones; "
                 'leave "version" out, or set it to "dense"'
             )
 
@@ -119,6 +130,8 @@ class QuantConfig:
             saved["symmetric"] = True
         if self.module_group_sizes:
             saved["module_group_sizes"] = dict(self.module_group_sizes)
+        if self.module_bits:
+            saved["module_bits"] = dict(self.module_bits)
         if self.scale_activations:
             saved["scale_activations"] = True
         if self.lm_head_bits is not None:
@@ -126,9 +139,16 @@ class QuantConfig:
             saved["lm_head_group_size"] = self.lm_head_group_size
         return saved
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether linears differ in the width of their codes."""
+        return self.target_bits is not None or bool(self.module_bits)
+
     def bits_for(self, name: str) -> int:
         """The width of a linear's codes."""
-        return self.lm_head_bits if name == LM_HEAD and self.lm_head_bits is not None else self.bits
+        if name == LM_HEAD and self.lm_head_bits is not None:
+            return self.lm_head_bits
+        return self.module_bits.get(name, self.bits)
 
     def version_for(self, name: str) -> str:
         """The on-disk format of a linear: a quantized head, which only autoq reads, is dense."""
@@ -169,6 +189,8 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     settings["modules_to_not_convert"] = _strings("modules_to_not_convert", settings.get("modules_to_not_convert"))
     if not isinstance(settings.get("module_group_sizes", {}), Mapping):
         raise ConfigError("module_group_sizes should be a dict from a linear's name to its group size")
+    if not isinstance(settings.get("module_bits", {}), Mapping):
+        raise ConfigError("module_bits should be a dict from a linear's name to the width of its codes")
     return settings
 
 

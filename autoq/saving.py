@@ -30,7 +30,7 @@ tags:
 - awq
 ---
 
-Quantized to {bits} bits with AWQ (group size {group_size}, {ranges}), in the `{version}` format.
+Quantized to {bits} with AWQ (group size {group_size}, {ranges}), in the `{version}` format.
 {notes}
 ```python
 from autoq import AutoQForCausalLM
@@ -122,9 +122,11 @@ def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
         )
     if config.version != "gemm":
         notes += "\nThis format is autoq's own; other engines cannot load it.\n"
+    widths = sorted({config.bits, *config.module_bits.values()})
+    bits = f"{config.bits} bits" if len(widths) == 1 else f"{', '.join(map(str, widths[:-1]))} or {widths[-1]} bits"
     ranges = "zero points" if config.zero_point else "symmetric"
     return _MODEL_CARD.format(
-        bits=config.bits, group_size=config.group_size, ranges=ranges, version=config.version, notes=notes
+        bits=bits, group_size=config.group_size, ranges=ranges, version=config.version, notes=notes
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import weakref
@@ -31,6 +32,7 @@ from autoq.quantization.activations import (
     observe,
     observe_head,
 )
+from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import read_awq_cache, write_awq_cache
 from autoq.quantization.budget import settle_memory
 from autoq.quantization.calibration import CalibrationSet
@@ -47,16 +49,20 @@ from autoq.quantization.search import (
     quantize_block,
     quantize_linear,
 )
+from autoq.quantization.sensitivity import measure_sensitivities
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.workspace import (
     StatisticsStore,
     Workspace,
     fingerprint_of_model,
     fingerprint_of_samples,
+    write_json,
 )
 
 # Tokens whose outputs are compared before and after scales are folded.
 _PROBE_TOKENS = 64
+# Samples, each of so many tokens, that tell how much a linear matters.
+_SENSITIVITY_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ class Quantizer:
             shows=run.progress and self.ranks.is_first,
         )
         self.workspace, folder = self._open_workspace(identity, spills)
+        if config.target_bits is not None:
+            self.plan = plan = self._mix(config.target_bits)
         done = 0 if self.workspace is None else self.workspace.finished(len(self.blocks))
         self.done = self.ranks.tell(done)
 
@@ -150,6 +158,23 @@ class Quantizer:
         self.held_out: HeldOut | None = None
         if held_out:
             self.held_out = HeldOut(self.model, plan, self.ranks.share(held_out), folder, self.done)
+
+    def _mix(self, target_bits: float) -> Plan:
+        """The plan with the widths that a mean leaves room for; measured once in a run."""
+        sensitivities: dict[str, dict[int, float]] = {}
+        kept = None if self.workspace is None else self.workspace.sensitivities_path
+        if self.ranks.is_first:
+            if kept is not None and kept.is_file():
+                stored = json.loads(kept.read_text(encoding="utf-8"))
+                sensitivities = {name: {int(bits): e for bits, e in widths.items()} for name, widths in stored.items()}
+            else:
+                samples = [sample[:_PROBE_TOKENS] for sample in self.calibration.samples[:_SENSITIVITY_SAMPLES]]
+                sensitivities = measure_sensitivities(self.model, self.plan, samples, self.run.progress)
+                if kept is not None:
+                    write_json(kept, sensitivities)
+        sensitivities = self.ranks.tell(sensitivities)
+        sizes = {name: spec.out_features * spec.in_features for name, spec in self.plan.specs.items()}
+        return self.plan.with_bits(self.model, allocate_bits(sensitivities, sizes, target_bits))
 
     def _open_workspace(self, model: str, spills: bool) -> tuple[Workspace | None, Path | None]:
         """Where results are kept, and where hidden states are, if not in memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -78,6 +79,11 @@ class Plan:
     def block_name(self, index: int) -> str:
         """The full name of a decoder block."""
         return f"{self.architecture.blocks}.{index}"
+
+    def with_bits(self, model: PreTrainedModel, bits: Mapping[str, int]) -> Plan:
+        """The plan with other widths for some linears."""
+        others = {name: width for name, width in bits.items() if width != self.config.bits}
+        return Plan.of(model, replace(self.config, module_bits=others, target_bits=None))
 
     @property
     def groups(self) -> list[ScaleGroup]:

@@ -151,9 +151,9 @@ def _unchanged(block: nn.Module, prefix: str, dtype: torch.dtype, probe: Probe |
     if probe is None:
         yield
         return
-    before = _output(block, probe)
+    before = block_output(block, probe)
     yield
-    after = _output(block, probe)
+    after = block_output(block, probe)
     added = before - probe.hidden.float()
     moved = float((after - before).norm() / added.norm().clamp(min=torch.finfo(torch.float32).tiny))
     if not moved <= max(_FOLDING_TOLERANCE, _FOLDING_ROUNDINGS * torch.finfo(dtype).eps):
@@ -164,7 +164,7 @@ def _unchanged(block: nn.Module, prefix: str, dtype: torch.dtype, probe: Probe |
         )
 
 
-def _output(block: nn.Module, probe: Probe) -> Tensor:
+def block_output(block: nn.Module, probe: Probe) -> Tensor:
     """The block's output in fp32, whatever the dtypes of its tensors, which stay as they are."""
 
     def to_float(value: Any) -> Any:

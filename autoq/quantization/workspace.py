@@ -104,6 +104,11 @@ class Workspace:
     def block_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
 
+    @property
+    def sensitivities_path(self) -> Path:
+        """Where it is kept how much each linear matters."""
+        return self.directory / "sensitivities.json"
+
     def finished(self, blocks: int) -> int:
         """How many blocks, from the first on, are done."""
         return next((index for index in range(blocks) if not self.block_path(index).is_file()), blocks)
