@@ -137,7 +137,7 @@ def test_an_interrupted_run_leaves_a_model_that_says_so(monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     model = AutoQForCausalLM(variant("llama-gqa").model())
-    monkeypatch.setattr(pipeline, "_quantize_linear", interrupt)
+    monkeypatch.setattr(pipeline, "_round_linear", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
     uses = (

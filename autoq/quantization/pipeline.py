@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,15 +24,17 @@ from autoq.errors import QuantizationError
 from autoq.formats import LinearSpec, get_format
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.quantization import awq
+from autoq.quantization import awq, refinement, tuning
 from autoq.quantization.calibration import CalibrationSet
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.report import LinearReport, QuantizationReport
 from autoq.quantization.statistics import InputStatistics
-from autoq.quantization.weight import dequantize, fake_quantize, quantize
+from autoq.quantization.weight import QuantizedWeight, dequantize, fake_quantize, quantize
 
 # Samples of one length go through a block together, up to this many tokens.
 _BATCH_TOKENS = 4096
+# As many for a step of the tuning.
+_TUNING_TOKENS = 512
 
 
 def quantize_model(
@@ -57,7 +59,7 @@ def quantize_model(
     blocks = plan.architecture.decoder_blocks(model)
     report = QuantizationReport(calibration.describe(), calibration.tokens)
     with torch.no_grad():
-        activations = _block_inputs(model, blocks, calibration.samples)
+        activations = _block_inputs(model, blocks, calibration.samples, plan.batch_tokens)
         report.linears += _quantize_blocks(blocks, activations, plan, devices, progress)
         if LM_HEAD in plan.group_sizes:
             device = devices[0] if devices else None
@@ -134,6 +136,15 @@ class _Plan:
         return self.architecture.groups(self.model_config, self.config.scale_activations)
 
     @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned, on what the quantized blocks before them give."""
+        return self.config.effort == "best"
+
+    @property
+    def batch_tokens(self) -> int:
+        return _TUNING_TOKENS if self.tunes else _BATCH_TOKENS
+
+    @property
     def group_sizes_of_blocks(self) -> set[int]:
         return {size for name, size in self.group_sizes.items() if name != LM_HEAD}
 
@@ -157,10 +168,12 @@ def _quantize_blocks(
     blocks: nn.ModuleList, activations: _Activations, plan: _Plan, devices: Sequence[torch.device], progress: bool
 ) -> list[LinearReport]:
     """Walks the blocks. What flows between them does not depend on the search, so where there are several devices, a
-    block is observed on one while those before it are searched on the others."""
+    block is observed on one while those before it are searched on the others. Tuning is another matter: it wants what
+    the quantized blocks before give."""
     searches: list[Future[list[LinearReport]]] = []
+    quantized = replace(activations, hidden_states=list(activations.hidden_states))
     with ThreadPoolExecutor(max(1, len(devices))) as pool:
-        search = pool.submit if len(devices) > 1 else _at_once
+        search = pool.submit if len(devices) > 1 and not plan.tunes else _at_once
         for index, block in enumerate(tqdm(blocks, desc="quantizing", unit="block", disable=not progress)):
             if len(searches) >= len(devices) > 0:
                 searches[-len(devices)].result()  # the device is free again
@@ -169,7 +182,8 @@ def _quantize_blocks(
             if devices:
                 block.to(devices[index % len(devices)])
             statistics = _observe(block, prefix, activations, index, plan)
-            searches.append(search(_search_block, block, prefix, statistics, plan, home))
+            batches = _tuning_batches(quantized, activations, index, _device_of(block)) if plan.tunes else []
+            searches.append(search(_search_block, block, prefix, statistics, plan, home, batches, quantized))
     return [report for done in searches for report in done.result()]
 
 
@@ -180,10 +194,22 @@ def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
 
 def _search_block(
-    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan, home: torch.device
+    block: nn.Module,
+    prefix: str,
+    statistics: dict[str, InputStatistics],
+    plan: _Plan,
+    home: torch.device,
+    batches: Sequence[tuning.Batch],
+    quantized: _Activations,
 ) -> list[LinearReport]:
+    """Quantizes a block where it is and brings it home.
+
+    batches: what to tune it on; then `quantized`, what flows between the quantized blocks, flows through it too.
+    """
     with torch.no_grad():  # which every thread decides for itself
-        reports = _quantize_block(block, prefix, statistics, plan)
+        reports = _quantize_block(block, prefix, statistics, plan, batches)
+        for index, batch in enumerate(batches):
+            quantized.hidden_states[index] = _output_of(block, batch.inputs, batch.keywords)
         if _device_of(block) != home:
             block.to(home)
     return reports
@@ -219,6 +245,10 @@ class _Activations:
     keywords: list[dict[str, dict[str, Any]]]
     kinds: list[str]
 
+    def keywords_of(self, batch: int, number: int, device: torch.device) -> dict[str, Any]:
+        """The keyword arguments of a block, by its number, for a batch."""
+        return {name: _to_device(value, device) for name, value in self.keywords[batch][self.kinds[number]].items()}
+
 
 def _block_kinds(model: PreTrainedModel, count: int) -> list[str]:
     """What tells blocks apart by their arguments: full and sliding attention have masks of their own."""
@@ -226,18 +256,23 @@ def _block_kinds(model: PreTrainedModel, count: int) -> list[str]:
     return list(kinds) if kinds is not None and len(kinds) == count else ["all"] * count
 
 
-def _batches(samples: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Stacks samples of one length, `[samples, tokens]`: no padding, so every token counts and none is invented."""
+def _batches(samples: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
+    """Stacks samples of one length, `[samples, tokens]`, with at most so many tokens or one sample in each.
+
+    There is no padding, so every token counts and none is invented.
+    """
     by_length: dict[int, list[Tensor]] = {}
     for sample in samples:
         by_length.setdefault(len(sample), []).append(sample)
     for length, same in by_length.items():
-        count = max(1, _BATCH_TOKENS // length)
+        count = max(1, tokens // length)
         for first in range(0, len(same), count):
             yield torch.stack(same[first : first + count])
 
 
-def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor]) -> _Activations:
+def _block_inputs(
+    model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequence[Tensor], batch_tokens: int = _BATCH_TOKENS
+) -> _Activations:
     """Runs the model as far as the first block of every kind."""
     kinds = _block_kinds(model, len(blocks))
     found = _Activations([], [], kinds)
@@ -259,7 +294,7 @@ def _block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, samples: Sequen
         blocks[index].register_forward_pre_hook(record(kind), with_kwargs=True) for kind, index in firsts.items()
     ]
     try:
-        for batch in _batches(samples):
+        for batch in _batches(samples, batch_tokens):
             with suppress(_LastBlockReached):
                 model(input_ids=batch.to(model.device), use_cache=False)
     finally:
@@ -312,10 +347,8 @@ def _observe(
     device = _device_of(block)
     with _input_hooks(block, set(leader_of.values()), statistics):
         for index, hidden in enumerate(activations.hidden_states):
-            keywords = activations.keywords[index][activations.kinds[number]]
-            keywords = {key: _to_device(value, device) for key, value in keywords.items()}
-            output = block(hidden.to(device), **keywords)
-            activations.hidden_states[index] = output[0] if isinstance(output, tuple) else output
+            keywords = activations.keywords_of(index, number, device)
+            activations.hidden_states[index] = _output_of(block, hidden.to(device), keywords)
     for name, entry in statistics.items():
         if not entry.finish().is_finite():
             raise QuantizationError(
@@ -328,22 +361,50 @@ def _observe(
     return {leaf: statistics[leader] for leaf, leader in leader_of.items()}
 
 
+def _output_of(block: nn.Module, hidden: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    output = block(hidden, **keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _tuning_batches(
+    quantized: _Activations, activations: _Activations, number: int, device: torch.device
+) -> list[tuning.Batch]:
+    """What a block is tuned on: it gets what the quantized blocks before it give, and should give what `activations`
+    became in full precision."""
+    return [
+        tuning.Batch(inputs.to(device), target.to(device), quantized.keywords_of(index, number, device))
+        for index, (inputs, target) in enumerate(zip(quantized.hidden_states, activations.hidden_states, strict=True))
+    ]
+
+
 def _quantize_block(
-    block: nn.Module, prefix: str, statistics: dict[str, InputStatistics], plan: _Plan
+    block: nn.Module,
+    prefix: str,
+    statistics: dict[str, InputStatistics],
+    plan: _Plan,
+    batches: Sequence[tuning.Batch] = (),
 ) -> list[LinearReport]:
-    """Searches, folds and rounds one block; its quantized linears become QuantLinear."""
+    """Searches, folds and rounds one block, and tunes it where there are batches to tune it on; its quantized linears
+    become QuantLinear."""
     work = {leaf: _LinearWork(linear, f"{prefix}.{leaf}") for leaf, linear in named_linears(block)}
     for group in plan.groups:
         _scale_group(block, prefix, group, statistics[group.linears[0]], work, plan)
-    reports = []
     inputs: dict[int, _ScaledInputs] = {}
+    rounded: dict[str, QuantizedWeight] = {}
     for leaf, item in work.items():
         if item.name in plan.group_sizes:
             # Linears that share statistics are of one scale group, so they share the scaled inputs too.
             key = id(statistics[leaf])
             if key not in inputs:
                 inputs[key] = _ScaledInputs(statistics[leaf], item.column_scale, plan.config.compensate)
-            module, report = _quantize_linear(leaf, item, inputs[key], plan)
+            rounded[leaf] = _round_linear(leaf, item, inputs[key], plan)
+    if batches:
+        weights = {leaf: (work[leaf].linear.weight.detach(), weight) for leaf, weight in rounded.items()}
+        rounded = tuning.tune_block(block, weights, batches)
+    reports = []
+    for leaf, item in work.items():
+        if leaf in rounded:
+            module, report = _finish_linear(item, rounded[leaf], inputs[id(statistics[leaf])], plan)
             replace_module(block, leaf, module)
         else:
             item.restore()
@@ -384,7 +445,7 @@ def _quantize_head(
 
     hook = head.register_forward_pre_hook(observe)
     try:
-        for hidden, batch in zip(activations.hidden_states, _batches(samples), strict=True):
+        for hidden, batch in zip(activations.hidden_states, _batches(samples, plan.batch_tokens), strict=True):
             with _blocks_that_give(hidden, model, plan), suppress(_LastBlockReached):
                 model(input_ids=batch.to(model.device), use_cache=False)
     finally:
@@ -396,7 +457,7 @@ def _quantize_head(
         )
     item = _LinearWork(head, LM_HEAD)
     inputs = _ScaledInputs(statistics, item.column_scale, plan.config.compensate)
-    module, report = _quantize_linear(LM_HEAD, item, inputs, plan)
+    module, report = _finish_linear(item, _round_linear(LM_HEAD, item, inputs, plan), inputs, plan)
     replace_module(model, LM_HEAD, module.to(home))
     model.config.tie_word_embeddings = False
     return report
@@ -491,22 +552,34 @@ class _ScaledInputs:
         self.compensator = Compensator(self.gram) if compensate else None
 
 
-def _quantize_linear(
-    leaf: str, item: _LinearWork, inputs: _ScaledInputs, plan: _Plan
-) -> tuple[QuantLinear, LinearReport]:
+def _round_linear(leaf: str, item: _LinearWork, inputs: _ScaledInputs, plan: _Plan) -> QuantizedWeight:
     """Clips and rounds one linear whose scales are folded."""
     config = plan.config
-    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
+    group_size = plan.group_sizes[item.name]
     weight = item.linear.weight.detach()
     clipped = weight
     if config.apply_clip and leaf.rpartition(".")[2] not in plan.architecture.unclipped:
-        clipped = awq.clip(weight, awq.search_clip(weight, inputs.gram, plan.fake_quantize(item.name, -1), group_size))
+        rounding = plan.fake_quantize(item.name, -1)
+        limits = awq.search_clip(weight, inputs.gram, rounding, group_size)
+        clipped = awq.clip(weight, limits)
+        if config.effort != "fast" and config.zero_point:
+            clipped = refinement.search_range(weight, inputs.gram, rounding, limits).clamp(weight)
     try:
         quantized = quantize(clipped, config.bits_for(item.name), group_size, config.zero_point)
     except QuantizationError as error:
         raise QuantizationError(f"{item.name}: {error}") from None
     if inputs.compensator is not None:
         quantized = inputs.compensator.round(weight, quantized)
+        if config.effort != "fast":
+            quantized = refinement.refine(weight, inputs.gram, quantized)
+    return quantized
+
+
+def _finish_linear(
+    item: _LinearWork, quantized: QuantizedWeight, inputs: _ScaledInputs, plan: _Plan
+) -> tuple[QuantLinear, LinearReport]:
+    """The module that takes a linear's place, and what the report says of it."""
+    wanted = plan.wanted_group_size(item.name)
     bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
     searched = dequantize(quantized) / item.column_scale * item.row_scale.unsqueeze(1)
     nearest = plan.fake_quantize(item.name)(item.original)
@@ -514,11 +587,11 @@ def _quantize_linear(
     report = LinearReport(
         name=item.name,
         bits=quantized.bits,
-        group_size=group_size,
+        group_size=plan.group_sizes[item.name],
         error_before=float(awq.output_error(nearest - item.original, inputs.original) / energy),
         error_after=float(awq.output_error(searched - item.original, inputs.original) / energy),
         tokens=inputs.tokens,
-        note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
+        note="" if plan.group_sizes[item.name] == wanted else f"group size {wanted} does not divide its inputs",
     )
     return QuantLinear.from_weight(quantized, bias), report
 
