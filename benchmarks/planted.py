@@ -3,8 +3,8 @@
     python benchmarks/planted.py MODEL OUTPUT
 
 In every block, one channel in a hundred of what a norm gives is multiplied by 20 to 100, and the weights that read it
-are divided by as much. MODEL and OUTPUT are directories of transformers models; the result is saved in fp32, so that it is
-the same function to the last digits.
+are divided by as much. MODEL and OUTPUT are directories of transformers models; the result is saved in fp32, so that
+it is the same function to the last digits.
 """
 
 from __future__ import annotations

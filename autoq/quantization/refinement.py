@@ -144,10 +144,10 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Quantiz
 def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
     """The scales with the smallest error for the codes as they are; those of a row together, in closed form.
 
-    weight: fp32 `[out, in]`; gram: fp32 `[in, in]`. A scale that would leave half to twice its value stays what it is,
-    and so do those of a row whose error the rounding to fp16 would raise.
+    weight: fp32 or fp64 `[out, in]`; gram: `[in, in]`, in its dtype. A scale that would leave half to twice its value
+    stays what it is, and so do those of a row whose error the rounding to fp16 would raise.
     """
-    steps = dequantize(quantized._replace(scales=torch.ones_like(quantized.scales)))
+    steps = dequantize(quantized._replace(scales=torch.ones_like(quantized.scales)), weight.dtype)
     groups = quantized.scales.shape[1]
     rows = max(1, _CHUNK // max(groups**2, weight.shape[1]))
     parts = zip(weight.split(rows), steps.split(rows), quantized.scales.split(rows), strict=True)
@@ -170,8 +170,8 @@ def _refit_rows(weight: Tensor, gram: Tensor, steps: Tensor, scales: Tensor) -> 
     # A group whose codes are all zero has no say in the error; the diagonal keeps its equation solvable.
     diagonal = quadratic.diagonal(dim1=1, dim2=2)
     damping = 1e-6 * diagonal.mean(dim=1) + torch.finfo(weight.dtype).tiny
-    before = scales.float()
+    before = scales.to(weight.dtype)
     solved = torch.linalg.solve_ex(quadratic + torch.diag_embed(damping.unsqueeze(1).expand_as(before)), linear).result
     sane = (solved > before / 2) & (solved < before * 2)
-    after = torch.where(sane, solved, before).to(scales.dtype).float()
+    after = torch.where(sane, solved, before).to(scales.dtype).to(weight.dtype)
     return torch.where(error(after) < error(before), after, before).to(scales.dtype)

@@ -2,7 +2,7 @@
 
 The search before it looks at one linear at a time, with the inputs of the full-precision model. Here a block gets what
 the quantized blocks before it really give, and its codes, scales, norms and biases are moved together, by gradient
-descent, until its output is near that of the full-precision model: so it makes up for errors of other linears and blocks.
+descent, towards the output of the full-precision model: so it makes up for errors of other linears and blocks.
 
 The codes are learned as in AdaRound (Nagel et al., ICML 2020, arXiv:2004.10568) and SignRound (Cheng et al., 2023,
 arXiv:2309.05516): each weight has a place between codes, which the descent moves, and rounding passes the gradient
@@ -77,15 +77,17 @@ def tune_block(
     block: nn.Module,
     weights: Mapping[str, tuple[Tensor, QuantizedWeight]],
     batches: Sequence[Batch],
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Tunes the quantized weights of a block together with its norms and biases, which change in place.
 
     block: a decoder block with plain linears.
     weights: of each linear to quantize, by name, its weight in fp32 and what it was rounded to.
     batches: each step takes the next, in an order drawn anew once all had their turn; all is computed in fp32.
+    steps: how many; None: `STEPS`.
     Returns the weights as tuned. A block that did not get better is left as it was.
     """
+    steps = STEPS if steps is None else steps
     tuned = {name: _TunedWeight(*weight) for name, weight in weights.items()}
     # Norms and biases are vectors; a matrix that is not quantized stays what it is.
     others = {name: value for name, value in block.named_parameters() if value.dim() == 1}
