@@ -182,7 +182,7 @@ def _quantize_blocks(
             if devices:
                 block.to(devices[index % len(devices)])
             statistics = _observe(block, prefix, activations, index, plan)
-            batches = _tuning_batches(quantized, activations, index, _device_of(block)) if plan.tunes else []
+            batches = _tuning_batches(quantized, activations, index) if plan.tunes else []
             searches.append(search(_search_block, block, prefix, statistics, plan, home, batches, quantized))
     return [report for done in searches for report in done.result()]
 
@@ -208,8 +208,10 @@ def _search_block(
     """
     with torch.no_grad():  # which every thread decides for itself
         reports = _quantize_block(block, prefix, statistics, plan, batches)
+        device = _device_of(block)
         for index, batch in enumerate(batches):
-            quantized.hidden_states[index] = _output_of(block, batch.inputs, batch.keywords)
+            keywords = {name: _to_device(value, device) for name, value in batch.keywords.items()}
+            quantized.hidden_states[index] = _output_of(block, batch.inputs.to(device), keywords)
         if _device_of(block) != home:
             block.to(home)
     return reports
@@ -366,15 +368,12 @@ def _output_of(block: nn.Module, hidden: Tensor, keywords: Mapping[str, Any]) ->
     return output[0] if isinstance(output, tuple) else output
 
 
-def _tuning_batches(
-    quantized: _Activations, activations: _Activations, number: int, device: torch.device
-) -> list[tuning.Batch]:
+def _tuning_batches(quantized: _Activations, activations: _Activations, number: int) -> list[tuning.Batch]:
     """What a block is tuned on: it gets what the quantized blocks before it give, and should give what `activations`
     became in full precision."""
-    return [
-        tuning.Batch(inputs.to(device), target.to(device), quantized.keywords_of(index, number, device))
-        for index, (inputs, target) in enumerate(zip(quantized.hidden_states, activations.hidden_states, strict=True))
-    ]
+    kind = quantized.kinds[number]
+    states = zip(quantized.hidden_states, activations.hidden_states, quantized.keywords, strict=True)
+    return [tuning.Batch(inputs, target, keywords[kind]) for inputs, target, keywords in states]
 
 
 def _quantize_block(

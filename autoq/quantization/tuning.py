@@ -37,7 +37,7 @@ _JUDGES = 16
 
 
 class Batch(NamedTuple):
-    """Samples of one length that go through the block together.
+    """Samples of one length that go through the block together, on any device.
 
     inputs: what the quantized blocks before give, `[samples, tokens, hidden]`.
     target: what the block should give for them: what the full-precision model gives, of the same shape.
@@ -137,16 +137,19 @@ def _relative_error(block: nn.Module, parameters: Mapping[str, Tensor], batch: B
     Relative to each token's own size, since the norms that read the output divide by it; otherwise the few tokens with
     massive activations, such as the first of a text, would decide everything.
     """
-    keywords = {name: _in_fp32(value) for name, value in batch.keywords.items()}
-    output = functional_call(block, dict(parameters), (batch.inputs.float(),), keywords)
+    device = next(iter(parameters.values())).device
+    keywords = {name: _to_fp32(value, device) for name, value in batch.keywords.items()}
+    output = functional_call(block, dict(parameters), (_to_fp32(batch.inputs, device),), keywords)
     output = output[0] if isinstance(output, tuple) else output
-    target = batch.target.float()
+    target = _to_fp32(batch.target, device)
     size = target.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return ((output - target).square().sum(dim=-1) / size).mean()
 
 
-def _in_fp32(value: Any) -> Any:
-    """The floating-point tensors of an argument, which may be in a tuple, as fp32."""
+def _to_fp32(value: Any, device: torch.device) -> Any:
+    """An argument of a block on its device, the floating-point tensors of it, which may be in a tuple, as fp32."""
     if isinstance(value, tuple):
-        return tuple(_in_fp32(entry) for entry in value)
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return tuple(_to_fp32(entry, device) for entry in value)
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32 if value.is_floating_point() else None)
+    return value
