@@ -11,6 +11,7 @@ from autoq.errors import ConfigError
 from autoq.quantization.weight import SUPPORTED_BITS
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+EFFORTS = ("fast", "default", "best")
 # What every family calls its output head.
 LM_HEAD = "lm_head"
 
@@ -32,12 +33,15 @@ class QuantConfig:
     modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
     indivisible: what happens to a linear whose input features the group size does not divide: "smaller" takes the
         largest smaller group size that does, "skip" leaves the linear as it is. Either is listed in the report.
+    effort: "fast" (AWQ's search, then rounding that makes up for its errors), "default" (besides, each end of a range
+        moved on its own, and codes and scales refined on the same statistics) or "best" (besides, each block tuned by
+        gradient descent, which takes many times as long). What is on disk is the same.
     apply_scale: whether to search and fold the scales of AWQ. Without it, `apply_clip` and `compensate`, what remains
-        is rounding to the nearest.
+        of the efforts below "best" is rounding to the nearest.
     duo_scaling: whether the scale search weighs the magnitude of the weights too, not only of the activations.
     apply_clip: whether to search the range weights are clipped to.
     compensate: whether rounding makes up for the error of each weight in those not rounded yet (GPTQ), on the same
-        statistics; False rounds each to the nearest.
+        statistics; False rounds each to the nearest, and leaves out the refinement of codes and scales.
     scale_activations: whether linears behind a nonlinearity get a scale too, through a scaled activation. More
         accurate, but vLLM and SGLang cannot load such checkpoints.
     lm_head_bits: width of the codes of the output head; None leaves it as it is. In a small model the head is a large
@@ -53,6 +57,7 @@ class QuantConfig:
     version: str = ""
     modules_to_not_convert: tuple[str, ...] = ()
     indivisible: str = "smaller"
+    effort: str = "default"
     apply_scale: bool = True
     duo_scaling: bool = True
     apply_clip: bool = True
@@ -74,6 +79,7 @@ class QuantConfig:
         _one_of("lm_head_bits", self.lm_head_bits, (*SUPPORTED_BITS, None))
         _one_of("lm_head_group_size", self.lm_head_group_size, GROUP_SIZES)
         _one_of("indivisible", self.indivisible, ("smaller", "skip"))
+        _one_of("effort", self.effort, EFFORTS)
         for name in ("zero_point", "apply_scale", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
             _one_of(name, getattr(self, name), (True, False))
         for name, size in self.module_group_sizes.items():

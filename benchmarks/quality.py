@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _parse(config: str) -> tuple[int, int]:
+def parse_config(config: str) -> tuple[int, int]:
     match = re.fullmatch(r"w(\d+)g(-?\d+)", config)
     if match is None:
         raise SystemExit(f"{config!r} is no configuration; write it like w4g128")
@@ -81,7 +81,7 @@ def _parse(config: str) -> tuple[int, int]:
 
 
 def _measure(directory: Path, config: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    bits, group_size = _parse(config)
+    bits, group_size = parse_config(config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reference = AutoQForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
 
@@ -124,7 +124,7 @@ def _measure_autoawq(directory: Path, config: str, arguments: argparse.Namespace
     if not (results / "evaluation.json").is_file():
         if arguments.autoawq is None:
             return {}
-        bits, group_size = _parse(config)
+        bits, group_size = parse_config(config)
         _run_worker(
             arguments, "quantize", "--model", directory, "--calibration", arguments.calibration, "--bits", bits,
             "--group-size", group_size, "--seq-len", arguments.window, "--out", results,

@@ -14,9 +14,10 @@ from transformers import Qwen2Config
 
 from autoq import AutoQForCausalLM, QuantConfig
 from autoq.architectures import architecture_of
+from autoq.architectures.base import named_linears
 from autoq.errors import AutoQError, ConfigError, QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
-from autoq.quantization import search
+from autoq.quantization import search, tuning
 from autoq.quantization.activations import Activations, observe
 from autoq.quantization.plan import Plan
 from autoq.quantization.weight import fake_quantize
@@ -135,12 +136,60 @@ def test_modules_to_not_convert_stay_as_they_are() -> None:
         quantized(case, modules_to_not_convert=["q_porj", "lm_head"])
 
 
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_each_effort_beats_the_one_below(case: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 60)
+    tokens = torch.stack(samples())
+
+    def output(model: nn.Module) -> Tensor:
+        """What the last block gives on the calibration data."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        hook = model.get_submodule(_blocks(case))[-1].register_forward_hook(keep)
+        with torch.inference_mode():
+            model(tokens)
+        hook.remove()
+        return found[0]
+
+    expected = output(case.model())
+    models = {effort: quantized(case, bits=3, effort=effort) for effort in ("fast", "default", "best")}
+    errors = {effort: float((output(model.model) - expected).square().sum()) for effort, model in models.items()}
+    assert errors["default"] < errors["fast"]
+    assert errors["best"] < 0.9 * errors["default"]
+    reports = {effort: model.report for effort, model in models.items()}
+    assert len({len(report.quantized) for report in reports.values() if report is not None}) == 1
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "opt-gelu", "bloom-norm-residual", "gptj"])
+def test_the_best_effort_takes_half_precision_and_linears_left_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 4)
+    case = variant(name)
+    alone = next(leaf for leaf, _ in named_linears(case.model().get_submodule(_blocks(case))[1]))
+    left = f"{_blocks(case)}.1.{alone}"
+    model = quantized(
+        case, dtype=torch.float16, bits=8, effort="best", scale_activations=True, modules_to_not_convert=[left]
+    )
+    assert torch.equal(model.model.get_submodule(left).weight, case.model().half().get_submodule(left).weight)
+    assert {value.dtype for value in model.model.parameters()} == {torch.float16}
+    expected, found = _logits(case.model()), _logits(model)
+    assert (found - expected).norm() / expected.norm() < 0.03
+
+
+def _blocks(case: Variant) -> str:
+    return architecture_of(case.config).blocks
+
+
 def test_an_interrupted_run_leaves_a_model_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_args: Any) -> None:
         raise KeyboardInterrupt
 
     model = AutoQForCausalLM(variant("llama-gqa").model())
-    monkeypatch.setattr(search, "quantize_linear", interrupt)
+    monkeypatch.setattr(search, "round_linear", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.quantize(None, {"group_size": 32}, samples(), max_calib_seq_len=32, progress=False)
     uses = (

@@ -243,6 +243,16 @@ def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
         _in_memory(case, work_dir=tmp_path / "file")
 
 
+def test_a_finished_run_that_wrote_its_findings_is_taken_up(tmp_path: Path) -> None:
+    case = variant("llama")
+    run = {name: tmp_path / name for name in ("work_dir", "statistics", "awq_cache")}
+    expected = _saved(_in_memory(case, **run), tmp_path / "expected")
+    _assert_same(_saved(_in_memory(case, **run), tmp_path / "found"), expected)
+    (tmp_path / "work_dir" / "block-00001.safetensors").unlink()
+    with pytest.raises(ConfigError, match="statistics collected earlier, search results differ"):
+        _in_memory(case, **run)
+
+
 def test_a_damaged_block_is_a_sentence(tmp_path: Path) -> None:
     case = variant("llama")
     _in_memory(case, work_dir=tmp_path / "work")
@@ -336,7 +346,7 @@ def test_the_awq_cache_is_llm_awqs_file(tmp_path: Path) -> None:
     clip = torch.full((96, 2, 1), 0.1)
     content = {"scale": [(f"{layer}.input_layernorm", linears, scale)], "clip": [(f"{layer}.mlp.up_proj", clip)]}
     torch.save(content, tmp_path / "cache.pt")
-    settings = {"group_size": 32, "bits": 8, "compensate": False}
+    settings = {"group_size": 32, "bits": 8, "compensate": False, "effort": "fast"}
     found = _quantize(AutoQForCausalLM(case.model()), settings, awq_cache=tmp_path / "cache.pt").model
     norm = model.get_submodule(f"{layer}.input_layernorm").weight
     assert torch.allclose(found.get_submodule(f"{layer}.input_layernorm").weight, norm / scale)

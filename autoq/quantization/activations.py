@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from transformers import PreTrainedModel
 
 from autoq.architectures.base import named_linears
 from autoq.errors import CheckpointError, QuantizationError
+from autoq.nn.spread import home_of
 from autoq.quantization.plan import Plan
 from autoq.quantization.statistics import InputStatistics
-
-# Samples of one length go through a block together, up to this many tokens in all.
-BATCH_TOKENS = 4096
 
 
 class HiddenStates:
@@ -101,14 +98,14 @@ class Activations:
         samples: Sequence[Tensor],
         folder: Path | None = None,
         resume_at: int = 0,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
     ) -> None:
         """Runs the model as far as its first block.
 
         folder: where hidden states are kept; None: in memory. resume_at: the block at which a stopped run goes on.
-        batch_tokens: how many go through a block together, at most (a longer sample goes alone).
+        batch_tokens: how many go through a block together; None: the plan's.
         """
-        self.batches = list(_batches(samples, batch_tokens))
+        self.batches = list(_batches(samples, batch_tokens or plan.batch_tokens))
         self.states = HiddenStates(folder)
         self.states.resume(resume_at)
         self._kinds = _block_kinds(model, len(plan.architecture.decoder_blocks(model)))
@@ -134,7 +131,7 @@ class Activations:
             return hidden
 
         with blocks_answer(model, plan, note), suppress(_EnoughSeen):
-            model(input_ids=batch.to(input_device(model)), use_cache=False)
+            model(input_ids=batch.to(device_of(model.get_input_embeddings())), use_cache=False)
         # Most batches are of one shape and get the same masks and positions: they are kept once.
         self._keywords.append(_shared(keywords, self._keywords[-1]) if self._keywords else keywords)
         return found[0]
@@ -205,7 +202,7 @@ def blocks_answer(
 
 def after_blocks(model: PreTrainedModel, plan: Plan, hidden: Tensor, batch: Tensor) -> Tensor:
     """The model's logits for a batch whose hidden states behind the last block are these."""
-    device = input_device(model)
+    device = device_of(model.get_input_embeddings())
     with blocks_answer(model, plan, lambda _index, given, _keywords: hidden.to(given.device)):
         logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
     return logits
@@ -235,14 +232,10 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's tensors."""
-    return next(chain(module.parameters(), module.buffers())).device
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes token ids."""
-    device = device_of(model.get_input_embeddings())
-    return torch.device("cpu") if device.type == "meta" else device
+    """The device a module runs on."""
+    device, _ = home_of(module)
+    assert device is not None, "a module without tensors"
+    return device
 
 
 @contextmanager

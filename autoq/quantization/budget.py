@@ -20,18 +20,22 @@ from autoq.config import LM_HEAD
 from autoq.errors import ConfigError
 from autoq.nn.spread import is_offloaded
 from autoq.placement import megabytes, parts_of
-from autoq.quantization.activations import BATCH_TOKENS, leaders_of
+from autoq.quantization.activations import leaders_of
 from autoq.quantization.held_out import HELD_OUT_BATCH_TOKENS
 from autoq.quantization.plan import Plan
+from autoq.quantization.tuning import STEPS
 
 # Beside what is counted: what libraries allocate for themselves, and what the allocator does not give back.
 _UNCOUNTED = 300_000_000
 # Copies of a Gram matrix while it is factored, and of a weight while it is rounded, in fp32.
 _GRAM_COPIES = 3
 _WEIGHT_COPIES = 7
-# Passes over all rows of a weight for each product with the Gram matrix that the search, the rounding and the report
-# make, in halves where symmetry spares one.
-_PRODUCTS = 5
+# Copies of all weights of a block while it is tuned: the weight, what is learned and its two moments, gradients, and
+# the weight as it is rounded on the way.
+_TUNING_COPIES = 9
+# Operations for each weight and column of the Gram matrix: of the search, the rounding and the report, and of refining.
+_OPERATIONS = 5
+_REFINING_OPERATIONS = 16
 # Beside matrix products: rounding, clipping, reading, writing.
 _OTHER_TIME = 1.7
 
@@ -71,15 +75,17 @@ def estimate(
     grams = 4 * sum(widths[leader] ** 2 for leader in set(leaders_of(largest, plan).values()))
     weights = [linear.weight.numel() for _, linear in named_linears(largest)]
     hidden_size = int(model.config.hidden_size)
-    hidden = (tokens + 2 * held_out_tokens) * hidden_size * itemsize
+    hidden = (tokens * (2 if plan.tunes else 1) + 2 * held_out_tokens) * hidden_size * itemsize
 
     offloaded = is_offloaded(blocks)
     block = _bytes(largest) if offloaded else 0
     # In a pass through the block some activations of its widest linear are alive, one of them in fp32.
-    batch = min(tokens, BATCH_TOKENS) * (max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize)
+    batch = min(tokens, plan.batch_tokens) * (max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize)
     factoring = 4 * _GRAM_COPIES * max(leaders) ** 2
-    rounding = 4 * (_WEIGHT_COPIES * max(weights) + max(leaders) ** 2)
+    rounding = 4 * (_WEIGHT_COPIES * max(weights) + 2 * max(leaders) ** 2)
     searching = 4 * sum(weights) + grams + max(factoring, rounding)
+    if plan.tunes:
+        searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + grams + 4 * batch)
     logits = 2 * min(held_out_tokens, HELD_OUT_BATCH_TOKENS) * int(model.config.vocab_size) * (itemsize + 4)
     fetched = 2 * max(part.size for part in parts_of(model) if not part.name.startswith(plan.architecture.blocks))
     head = 0
@@ -101,12 +107,16 @@ def _seconds(
     model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, tokens: int, held_out_tokens: int
 ) -> float:
     forward = sums = 0.0
+    operations = _OPERATIONS + (0 if plan.config.effort == "fast" else _REFINING_OPERATIONS)
     for block in blocks:
         widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
         forward += 2 * _linear_weights(block) * (tokens + 2 * held_out_tokens)
         for leader in set(leaders_of(block, plan).values()):
             sums += widths[leader] ** 2 * (tokens + 3 * widths[leader])
-        sums += sum(_PRODUCTS * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
+        sums += sum(operations * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
+    if plan.tunes:  # three passes in fp32 for each step, and those between quantized blocks
+        weights = sum(_linear_weights(block) for block in blocks)
+        sums += weights * (6 * STEPS * min(tokens, plan.batch_tokens) + 2 * tokens)
     single, own = (_rate(dtype, model.device) for dtype in (torch.float32, model.dtype))
     return _OTHER_TIME * (forward / own + sums / single)
 

@@ -25,6 +25,7 @@ from autoq.errors import QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import bring, fetch_from_disk, is_offloaded
+from autoq.quantization import tuning
 from autoq.quantization.activations import (
     Activations,
     check_statistics,
@@ -47,7 +48,9 @@ from autoq.quantization.search import (
     ScaledInputs,
     SearchResults,
     quantize_block,
-    quantize_linear,
+    quantized_linear,
+    report_of,
+    round_linear,
 )
 from autoq.quantization.sensitivity import measure_sensitivities
 from autoq.quantization.statistics import InputStatistics
@@ -131,7 +134,8 @@ class Quantizer:
         identity = fingerprint_of_model(model) if run.work_dir or run.statistics else ""
         if run.statistics is not None:
             self.store = StatisticsStore(run.statistics, identity)
-        self.collects = self.store is None or not self.store.is_complete
+        # Tuning wants the samples themselves.
+        self.collects = plan.tunes or self.store is None or not self.store.is_complete
         held_out = () if run.held_out is None else run.held_out.samples
         own = 1 / self.ranks.size
         spills = settle_memory(
@@ -154,6 +158,7 @@ class Quantizer:
 
         calibrating = self.ranks.share(self.calibration.samples) if self.collects else ()
         self.activations = activations(calibrating, "calibration")
+        self.quantized = activations(calibrating if plan.tunes else (), "calibration-quantized")
         self.probe = activations([self.calibration.samples[0][:_PROBE_TOKENS]], "probe")
         self.held_out: HeldOut | None = None
         if held_out:
@@ -189,11 +194,14 @@ class Quantizer:
         identity = {
             "settings": asdict(self.plan.config),
             "model": model,
-            "calibration samples": fingerprint_of_samples(self.calibration.samples) if self.collects else "statistics",
+            "calibration samples": fingerprint_of_samples(self.calibration.samples),
             "held-out samples": None if held_out is None else fingerprint_of_samples(held_out.samples),
-            "search results": self.known is not None,
         }
-        workspace = Workspace(directory, identity)
+        used = {
+            "statistics collected earlier": not self.collects,
+            "search results": None if self.known is None else fingerprint_of_samples(list(self.known.scales.values())),
+        }
+        workspace = Workspace(directory, len(self.blocks), identity, used)
         keeps = self.run.work_dir is not None or spills
         return workspace, directory / f"activations-{self.ranks.rank}-of-{self.ranks.size}" if keeps else None
 
@@ -216,12 +224,13 @@ class Quantizer:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
         or processes, a block is observed while those before it are searched."""
         report = QuantizationReport(self._describe(), self._tokens())
-        width = max(len(self.run.devices), self.ranks.size)
+        # A block that is tuned waits for what the one before gives.
+        width = 1 if self.plan.tunes else max(len(self.run.devices), self.ranks.size)
         pending: list[_Search] = []
         shown = self.run.progress and self.ranks.is_first
         with (
             ThreadPoolExecutor(max(1, len(self.run.devices))) as pool,
-            tqdm(total=len(self.blocks), desc="quantizing", unit="block", disable=not shown) as bar,
+            tqdm(total=len(self.blocks), initial=self.done, desc="quantizing", unit="block", disable=not shown) as bar,
         ):
             for index in range(len(self.blocks)):
                 if len(pending) >= width:
@@ -256,10 +265,10 @@ class Quantizer:
         offloaded = is_offloaded(block)
         done = index < self.done
         if done and self._all_are_past(index):
-            return _Search(index, block, _home(block), offloaded, 0, None)
+            return _Search(index, block, device_of(block), offloaded, 0, None)
         if offloaded:
             bring(block, prefix)
-        home = _home(block)
+        home = device_of(block)
         devices = self.run.devices
         if devices:
             block.to(devices[index % len(devices)])
@@ -285,7 +294,8 @@ class Quantizer:
                     statistics if self.collects or self.store is None else self.store.load(f"block-{index:05d}", device)
                 )
                 check_statistics(found, f"{prefix}.")
-                return quantize_block(block, prefix, found, self.plan, probe, self.known)
+                batches = _TuningBatches(self.quantized, self.activations) if self.plan.tunes else ()
+                return quantize_block(block, prefix, found, self.plan, probe, self.known, batches)
 
         several = len(devices) > 1
         start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
@@ -318,7 +328,7 @@ class Quantizer:
         reports = []
         for search in ended:
             reports += self._finish(search)
-            bar.update()
+            bar.update(search.index >= self.done)
         return reports
 
     def _finish(self, search: _Search) -> list[LinearReport]:
@@ -347,8 +357,10 @@ class Quantizer:
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
             self.workspace.save_block(index, tensors, result)
         self.search.update(result.search)
-        if self.held_out is not None and self.held_out.quantized.states.stage == index:
-            self.held_out.quantized.advance(block)
+        quantized = [self.quantized, *([] if self.held_out is None else [self.held_out.quantized])]
+        for stream in quantized:
+            if stream.batches and stream.states.stage == index:
+                stream.advance(block)
         if search.offloaded and self.workspace is not None:
             loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
             fetch_from_disk(self.model, prefix, loader, search.home)
@@ -373,7 +385,7 @@ class Quantizer:
 
     def _forget(self, index: int) -> None:
         """Deletes the inputs of blocks before one that a stopped run would not go back to."""
-        streams = [self.activations, self.probe]
+        streams = [self.activations, self.quantized, self.probe]
         if self.held_out is not None:
             streams += [self.held_out.full, self.held_out.quantized]
         for stream in streams:
@@ -406,8 +418,9 @@ class Quantizer:
                 check_statistics({LM_HEAD: statistics})
                 item = LinearWork(work, LM_HEAD)
                 inputs = ScaledInputs(statistics, item.column_scale, self.plan.config.compensate)
-                module, line = quantize_linear(item, inputs, self.plan, self.known, self.search)
-                tensors = dict(module.state_dict())
+                weight, clipped = round_linear(item, inputs, self.plan, self.known, self.search)
+                line = report_of(item, weight, clipped, inputs, self.plan)
+                tensors = dict(quantized_linear(item, weight).state_dict())
             except QuantizationError as raised:
                 error = raised
         self.ranks.agree(error, 0)
@@ -431,10 +444,19 @@ class Quantizer:
             self.store.finish(names, self.calibration.describe(), self.calibration.tokens)
 
 
-def _home(block: nn.Module) -> torch.device:
-    """Where a block goes back to; of one on the disk, where it runs."""
-    device = device_of(block)
-    return torch.device("cpu") if device.type == "meta" else device
+class _TuningBatches(Sequence[tuning.Batch]):
+    """What a block is tuned on: it gets what the quantized blocks before it give, and should give what the
+    full-precision blocks, this one among them, gave. Read when they are used."""
+
+    def __init__(self, quantized: Activations, full: Activations) -> None:
+        self._quantized, self._full = quantized, full
+
+    def __len__(self) -> int:
+        return len(self._quantized.batches)
+
+    def __getitem__(self, number: Any) -> Any:
+        inputs = self._quantized.states.read(number)
+        return tuning.Batch(inputs, self._full.states.read(number), self._quantized.keywords(number, inputs.device))
 
 
 def _at_once(work: Callable[[], BlockResult]) -> Future[BlockResult]:

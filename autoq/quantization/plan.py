@@ -20,6 +20,10 @@ from autoq.quantization import awq
 from autoq.quantization.report import QuantizationReport
 from autoq.quantization.weight import fake_quantize
 
+# Samples of one length go through a block together, up to this many tokens in all; as many for a step of the tuning.
+_BATCH_TOKENS = 4096
+_TUNING_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -91,6 +95,16 @@ class Plan:
         if not self.config.apply_scale:
             return []
         return self.architecture.groups(self.model_config, self.config.scale_activations)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned, on what the quantized blocks before them give."""
+        return self.config.effort == "best"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that go through a block together, at most (a longer sample goes alone)."""
+        return _TUNING_TOKENS if self.tunes else _BATCH_TOKENS
 
     @property
     def group_sizes_of_blocks(self) -> set[int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from autoq.architectures.base import named_linears
 from autoq.errors import QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.quantization import awq
+from autoq.quantization import awq, refinement, tuning
 from autoq.quantization.activations import leaders_of
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.plan import Plan
@@ -109,8 +109,10 @@ def quantize_block(
     plan: Plan,
     probe: Probe | None = None,
     known: SearchResults | None = None,
+    batches: Sequence[tuning.Batch] = (),
 ) -> BlockResult:
-    """Searches, folds and rounds one block; its quantized linears become QuantLinear.
+    """Searches, folds and rounds one block, and tunes it on the batches, if there are; its quantized linears become
+    QuantLinear.
 
     statistics: of what the linears read, by the leader of those that read the same; emptied.
     probe: inputs to check the folded block with, before anything is rounded.
@@ -122,19 +124,40 @@ def quantize_block(
         for group in plan.groups:
             _scale_group(block, prefix, group, statistics, work, plan, known, found)
     order = list(work)
+    rounded: dict[str, _Rounded] = {}
     reports = {}
     for leader, leaves in _by_leader(block, plan).items():
         kept = [leaf for leaf in leaves if work[leaf].name in plan.group_sizes]
         if kept:
             inputs = ScaledInputs(statistics.pop(leader), work[kept[0]].column_scale, plan.config.compensate)
             for leaf in kept:
-                # What is done is dropped at once: in fp32 it is large.
-                module, reports[leaf] = quantize_linear(work.pop(leaf), inputs, plan, known, found)
-                replace_module(block, leaf, module)
+                weight, clipped = round_linear(work[leaf], inputs, plan, known, found)
+                rounded[leaf] = _Rounded(weight, clipped, inputs)
+                if not batches:
+                    # What is done is dropped at once: in fp32 it is large.
+                    reports[leaf] = _finish_linear(block, leaf, work.pop(leaf), rounded.pop(leaf), plan)
+    if batches:
+        weights = {leaf: (work[leaf].linear.weight.detach(), one.weight) for leaf, one in rounded.items()}
+        for leaf, weight in tuning.tune_block(block, weights, batches).items():
+            reports[leaf] = _finish_linear(block, leaf, work.pop(leaf), rounded[leaf]._replace(weight=weight), plan)
     for leaf, item in work.items():
         item.restore()
         reports[leaf] = LinearReport(item.name, None, None, None, None, 0, plan.left_alone[item.name])
     return BlockResult([reports[leaf] for leaf in order], found)
+
+
+class _Rounded(NamedTuple):
+    """A weight that is rounded, the share of it that was clipped, and the inputs that told how."""
+
+    weight: QuantizedWeight
+    clipped: float
+    inputs: ScaledInputs
+
+
+def _finish_linear(block: nn.Module, leaf: str, item: LinearWork, rounded: _Rounded, plan: Plan) -> LinearReport:
+    """Puts a quantized linear in the place of what it was made of."""
+    replace_module(block, leaf, quantized_linear(item, rounded.weight))
+    return report_of(item, rounded.weight, rounded.clipped, rounded.inputs, plan)
 
 
 def _by_leader(block: nn.Module, plan: Plan) -> dict[str, list[str]]:
@@ -249,25 +272,39 @@ def _known_scale(scale: Tensor, names: tuple[str, tuple[str, ...]], channels: in
     return scale
 
 
-def quantize_linear(
+def round_linear(
     item: LinearWork, inputs: ScaledInputs, plan: Plan, known: SearchResults | None, found: SearchResults
-) -> tuple[QuantLinear, LinearReport]:
-    """Clips and rounds one linear whose scales are folded."""
+) -> tuple[QuantizedWeight, float]:
+    """Clips and rounds one linear whose scales are folded; the share of its weights that were clipped comes with it."""
     config = plan.config
-    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
     weight = item.linear.weight.detach()
     clipped = _clip(weight, item.name, inputs, plan, known, found)
     share = float((clipped != weight).float().mean())
     try:
-        quantized = quantize(clipped, config.bits_for(item.name), group_size, config.zero_point)
+        quantized = quantize(clipped, config.bits_for(item.name), plan.group_sizes[item.name], config.zero_point)
     except QuantizationError as error:
         raise QuantizationError(f"{item.name}: {error}") from None
     del clipped
     if inputs.compensator is not None:
         quantized = inputs.compensator.round(weight, quantized)
+        if config.effort != "fast":
+            quantized = refinement.refine(weight, inputs.gram, quantized)
+    return quantized, share
+
+
+def quantized_linear(item: LinearWork, weight: QuantizedWeight) -> QuantLinear:
+    """The module that takes a linear's place."""
     bias = None if item.linear.bias is None else item.linear.bias.detach().to(item.dtype)
+    return QuantLinear.from_weight(weight, bias)
+
+
+def report_of(
+    item: LinearWork, quantized: QuantizedWeight, clipped: float, inputs: ScaledInputs, plan: Plan
+) -> LinearReport:
+    """What the report says of a linear."""
+    group_size, wanted = plan.group_sizes[item.name], plan.wanted_group_size(item.name)
     before, after = _errors(item, quantized, inputs, plan)
-    report = LinearReport(
+    return LinearReport(
         name=item.name,
         bits=quantized.bits,
         group_size=group_size,
@@ -275,9 +312,8 @@ def quantize_linear(
         error_after=after,
         tokens=inputs.tokens,
         note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
-        clipped=share,
+        clipped=clipped,
     )
-    return QuantLinear.from_weight(quantized, bias), report
 
 
 def _errors(item: LinearWork, quantized: QuantizedWeight, inputs: ScaledInputs, plan: Plan) -> tuple[float, float]:
@@ -320,4 +356,6 @@ def _clip(
     else:
         return weight
     found.clips[name] = ranges
+    if plan.config.effort != "fast" and plan.config.zero_point:
+        return refinement.search_range(weight, inputs.gram, plan.fake_quantize(name, -1), ranges).clamp(weight)
     return awq.clip(weight, ranges)

@@ -77,19 +77,22 @@ def fingerprint_of_samples(samples: Sequence[Tensor]) -> str:
 class Workspace:
     """The files of a run, in `directory`."""
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, blocks: int, identity: Mapping[str, Any], used: Mapping[str, Any]) -> None:
         """Opens the directory for a run, or makes it.
 
-        identity: what tells the run from others, as JSON holds it.
+        blocks: how many the model has. identity: what tells the run from others, as JSON holds it. used: what else
+        decides about a block, but not any more once all are done: statistics and search results, which the run itself
+        may have written at its end.
         Raises ConfigError, naming what differs, if another run's work is there.
         """
         self.directory = directory
-        identity = json.loads(json.dumps({**identity, "autoq_version": __version__}))
+        identity = json.loads(json.dumps({**identity, **used, "autoq_version": __version__}))
         try:
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / _RUN
             if path.is_file():
-                _check_identity(directory, json.loads(path.read_text(encoding="utf-8")), identity)
+                decided = tuple(used) if self.finished(blocks) == blocks else ()
+                _check_identity(directory, json.loads(path.read_text(encoding="utf-8")), identity, decided)
             elif any(not entry.name.startswith(".") for entry in directory.iterdir()):
                 raise ConfigError(
                     f"{directory} holds files that are not of a quantization; give work_dir a directory of its own"
@@ -158,10 +161,11 @@ class Workspace:
         return {f"{prefix}.{name}": {"safetensors_file": file, "weight_name": f"block.{name}"} for name in names}
 
 
-def _check_identity(directory: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+def _check_identity(directory: Path, found: Any, wanted: Mapping[str, Any], ignored: Sequence[str]) -> None:
     if not isinstance(found, dict):
         raise ConfigError(f"{directory / _RUN} is damaged; delete {directory} to begin anew")
-    different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    names = [name for name in {**wanted, **found} if name not in ignored]
+    different = [name for name in names if found.get(name) != wanted.get(name)]
     if different:
         shown = ", ".join(different)
         raise ConfigError(
