@@ -4,8 +4,8 @@
         --autoawq-results DIR [--configs w4g128 w3g128] [--efforts fast default best] [--output NAME]
 
 Each MODEL is a model directory; some may be made by planted.py. AutoAWQ's results are those that quality.py keeps, on
-the same data and bits. Every result is judged on the same windows of held-out text; AutoAWQ's is read if it is of the
-same windows, and measured otherwise. Writes NAME.md and NAME.json after each row, and goes on where it was.
+the same data and bits; they are judged here, on the same windows of held-out text. Writes NAME.md and NAME.json after
+each row, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
             if (directory.name, config) not in done:
                 rows.append(_measure(directory, config, arguments))
                 print(_line(rows[-1], arguments.efforts), flush=True)
-                _write(arguments, rows)
+            _write(arguments, rows)
 
 
 def _arguments() -> argparse.Namespace:
@@ -117,8 +117,15 @@ def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         *(_line(row, efforts) for row in rows),
         "",
     ]
-    options = " ".join(Path(part).name if "/" in part else part for part in sys.argv[1:])
-    command = f"`python benchmarks/efforts.py {options}`; {', '.join(f'{k} {v}' for k, v in versions.items())}."
+    models = " ".join(dict.fromkeys(row["model"] for row in rows))
+    configs = " ".join(dict.fromkeys(row["config"] for row in rows))
+    windows = f"--max-windows {arguments.max_windows} " if arguments.max_windows else ""
+    command = (
+        f"`python benchmarks/efforts.py --models {models} --configs {configs} {windows}"
+        f"--calibration {arguments.calibration.name} --text {arguments.text.name} "
+        f"--autoawq-results {arguments.autoawq_results.name}`, in one run or several; "
+        f"{', '.join(f'{k} {v}' for k, v in versions.items())}."
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
     arguments.output.with_suffix(".md").write_text("\n".join([*lines, command, ""]))

@@ -288,6 +288,7 @@ def test_quantizing_twice_is_refused() -> None:
     ("settings", "message"),
     [
         ({"bits": 5}, "bits is 5; it should be one of 2, 3, 4, 8"),
+        ({"effort": "most"}, "effort is 'most'; it should be one of 'fast', 'default', 'best'"),
         ({"bits": "4"}, "bits is '4'"),
         ({"bits": True}, "bits is True"),
         ({"group_size": 100}, "group_size is 100"),
