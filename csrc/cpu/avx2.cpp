@@ -381,7 +381,7 @@ AUTOQ_INLINE void multiply_block(const ActivationTiles& rows, const uint8_t* val
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        const __m256 scale = _mm256_set1_ps(of_row[r * rows.block_count() * rows.rounding.words].scale);
+        const __m256 scale = _mm256_set1_ps(of_row[r * rows.rounding.words].scale);
         for (int i = 0; i < 2; ++i) {
             float* eight = result + r * kLanes + i * kWidth;
             const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r][i]), scale);

@@ -139,7 +139,7 @@ inline ActivationTiles activation_tiles(const PackedWeight& weight, const InputR
     ActivationTiles tiles{rounding, element, input.rows, planes, {}, nullptr, nullptr};
     tiles.blocks = column_blocks(weight, tiles);
     const int64_t bytes = tiles.row_tiles() * tiles.tiles() * planes * kTileBytes;
-    const int64_t parameters = input.rows * tiles.block_count() * rounding.words;
+    const int64_t parameters = tiles.row_tiles() * kTileRows * tiles.block_count() * rounding.words;
     char* memory = scratch.get(bytes + parameters * static_cast<int64_t>(sizeof(RowBlock)));
     tiles.values = reinterpret_cast<uint8_t*>(memory);
     tiles.parameters = reinterpret_cast<RowBlock*>(memory + bytes);

@@ -95,7 +95,7 @@ struct ActivationTiles {
     // Slice by slice, [rows / 16][tiles of the slice][planes][16][64], in the order in which they are multiplied.
     // Behind the last row and column: anything.
     uint8_t* values;
-    RowBlock* parameters;  // [rows][blocks][words]
+    RowBlock* parameters;  // [rows / 16][blocks][16][words]; behind the last row: anything
 
     int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
     int64_t tiles() const { return blocks.back().tiles_before + blocks.back().slice_tiles; }
@@ -116,7 +116,8 @@ struct ActivationTiles {
         return (bytes / 64 * planes + plane) * kTileBytes + bytes % 64;
     }
     RowBlock* row_block(int64_t row, int64_t block) const {
-        return parameters + (row * block_count() + block) * rounding.words;
+        const int64_t tile = (row / kTileRows * block_count() + block) * kTileRows;
+        return parameters + (tile + row % kTileRows) * rounding.words;
     }
 };
 
