@@ -216,7 +216,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
     }
     static const TileConfiguration configuration;
     _tile_loadconfig(&configuration);
-    multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers_avx512, unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles,
+                    output, begin, end);
     _tile_release();  // a thread with tiles in use is slower to switch, and its core to rest
 }
 
