@@ -28,6 +28,82 @@ enum class Pair {
                 // which are results but for the scales of the outputs
 };
 
+// What the end of a block needs of 16 outputs. In registers: the results, once written, could be any of it.
+template <Pair PAIR, bool SHIFTED>
+struct Outputs {
+    __m512 scales, sums;
+    __m512i shifts;
+
+    Outputs() = default;
+    AUTOQ_INLINE explicit Outputs(const OutputBlock& output) : scales(_mm512_load_ps(output.scales)) {
+        if constexpr (PAIR == Pair::kByte) sums = _mm512_load_ps(output.sums);
+        if constexpr (SHIFTED) shifts = _mm512_load_si512(output.shifts);
+    }
+
+    // Adds what a block and word give 16 outputs of one row.
+    AUTOQ_INLINE void add(const int32_t* dots, const RowBlock& of_row, float* result) const {
+        const __m512 before = _mm512_load_ps(result);
+        if constexpr (PAIR == Pair::kBFloat16) {
+            _mm512_store_ps(result, _mm512_fmadd_ps(_mm512_load_ps(dots), scales, before));
+            return;
+        }
+        __m512i dot = _mm512_load_si512(dots);
+        if constexpr (PAIR == Pair::kWord) {
+            const __m512i high = _mm512_load_si512(dots + kTileRows * kLanes);
+            dot = _mm512_add_epi32(dot, _mm512_slli_epi32(high, 8));
+        }
+        if constexpr (SHIFTED) {
+            dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(shifts, _mm512_set1_epi32(of_row.sum)));
+        }
+        __m512 value = _mm512_cvtepi32_ps(dot);
+        if constexpr (PAIR == Pair::kByte) value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row.zero_point), sums, value);
+        value = _mm512_mul_ps(value, _mm512_set1_ps(of_row.scale));
+        _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, before));
+    }
+};
+
+// The sums of a block and word that are still to be added to the results, row by row of their tiles.
+// `SECOND`: there are rows for a second tile of activations. Rows behind the last have memory, and anything in it.
+template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
+class Pending {
+  public:
+    Pending() = default;
+    AUTOQ_INLINE Pending(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block, int64_t block,
+                         int word)
+        : of_rows_(rows.row_block(row, block) + word),
+          words_(rows.rounding.words),
+          second_(rows.block_count() * kTileRows * rows.rounding.words),
+          results_(panel.result(row, row_block)),
+          next_outputs_(panel.row_tiles * kTileRows * kLanes),
+          next_(0) {
+        for (int c = 0; c < COLUMNS; ++c) outputs_[c] = Outputs<PAIR, SHIFTED>(panel.output(row_block + c, block));
+    }
+
+    // Those of rows before `parts` of `of`.
+    AUTOQ_INLINE void add(const Sums& sums, int64_t parts, int64_t of) {
+        for (; next_ * of < kTileRows * parts; ++next_) {
+#pragma GCC unroll 2
+            for (int t = 0; t < (PAIR != Pair::kWord && SECOND ? 2 : 1); ++t) {
+                const RowBlock& of_row = of_rows_[next_ * words_ + t * second_];
+                float* result = results_ + (t * kTileRows + next_) * kLanes;
+#pragma GCC unroll 2
+                for (int c = 0; c < COLUMNS; ++c) {
+                    outputs_[c].add(sums.of[2 * c + t][next_], of_row, result + c * next_outputs_);
+                }
+            }
+        }
+    }
+    AUTOQ_INLINE void add_rest(const Sums& sums) { add(sums, 1, 1); }
+
+  private:
+    Outputs<PAIR, SHIFTED> outputs_[COLUMNS];
+    const RowBlock* of_rows_ = nullptr;
+    int64_t words_ = 0, second_ = 0;  // from the parameters of a row to those of the next, and of the second tile
+    float* results_ = nullptr;
+    int64_t next_outputs_ = 0;
+    int64_t next_ = kTileRows;
+};
+
 // Tile registers are named by literals: the intrinsics paste them into the instruction's text.
 #define AUTOQ_MULTIPLY_TILES(sums, values, weights)              \
     if constexpr (PAIR == Pair::kBFloat16) {                     \
@@ -39,32 +115,40 @@ enum class Pair {
     }
 
 // The sums of a block. `values` and `second` are the first tiles of the two of activations; `stride` bytes lie between
-// one tile of each and the next.
-template <Pair PAIR, bool SECOND, int COLUMNS>
+// one tile of each and the next. While the matrix unit is at it, the vector units add what is pending, a few rows
+// behind each product: in one piece behind them all it would wait for them, and the next products for it.
+template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
 AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* second, int64_t stride, const uint8_t* weights,
-                            int64_t tiles) {
+                            int64_t tiles, Pending<PAIR, SHIFTED, SECOND, COLUMNS>& pending, const Sums& sums) {
+    constexpr bool kTwo = PAIR == Pair::kWord || SECOND;
     asm volatile("" ::: "memory");  // GCC does not know that loading tiles reads memory
     _tile_zero(0);
-    if constexpr (SECOND) _tile_zero(1);
+    if constexpr (kTwo) _tile_zero(1);
     if constexpr (COLUMNS == 2) _tile_zero(2);
-    if constexpr (SECOND && COLUMNS == 2) _tile_zero(3);
+    if constexpr (kTwo && COLUMNS == 2) _tile_zero(3);
     for (int64_t i = 0; i < tiles; ++i) {
         _tile_loadd(6, weights + i * kTileBytes, 64);
         _tile_loadd(4, values + i * stride, 64);
         AUTOQ_MULTIPLY_TILES(0, 4, 6)
-        if constexpr (SECOND) {
+        pending.add(sums, 4 * i + 1, 4 * tiles);
+        if constexpr (kTwo) {
             _tile_loadd(5, second + i * stride, 64);
             AUTOQ_MULTIPLY_TILES(1, 5, 6)
         }
+        pending.add(sums, 4 * i + 2, 4 * tiles);
         if constexpr (COLUMNS == 2) {
             _tile_loadd(7, weights + (kSliceTiles + i) * kTileBytes, 64);
             AUTOQ_MULTIPLY_TILES(2, 4, 7)
-            if constexpr (SECOND) {
-                AUTOQ_MULTIPLY_TILES(3, 5, 7)
-            }
         }
+        pending.add(sums, 4 * i + 3, 4 * tiles);
+        if constexpr (kTwo && COLUMNS == 2) {
+            AUTOQ_MULTIPLY_TILES(3, 5, 7)
+        }
+        pending.add(sums, 4 * i + 4, 4 * tiles);
     }
 }
+
+#undef AUTOQ_MULTIPLY_TILES
 
 template <bool SECOND, int COLUMNS>
 AUTOQ_INLINE void store_tiles(Sums& sums) {
@@ -72,95 +156,36 @@ AUTOQ_INLINE void store_tiles(Sums& sums) {
     if constexpr (SECOND) _tile_stored(1, sums.of[1], 64);
     if constexpr (COLUMNS == 2) _tile_stored(2, sums.of[2], 64);
     if constexpr (SECOND && COLUMNS == 2) _tile_stored(3, sums.of[3], 64);
+    asm volatile("" ::: "memory");  // nor that storing them writes it
 }
 
-#undef AUTOQ_MULTIPLY_TILES
-
-// Adds what a block and word give 16 outputs of `count` rows.
-template <Pair PAIR, bool SHIFTED>
-AUTOQ_INLINE void add_results(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t count,
-                              int64_t row_block, int64_t index, int word, const int32_t (*sums)[kLanes]) {
-    const OutputBlock& output = panel.output(row_block, index);
-    const __m512 scales = _mm512_load_ps(output.scales), weight_sums = _mm512_load_ps(output.sums);
-    const RowBlock* of_row = rows.row_block(row, index) + word;
-    const int64_t next_row = rows.block_count() * rows.rounding.words;
-    float* result = panel.result(row, row_block);
-    if constexpr (PAIR == Pair::kBFloat16) {
-        for (int64_t r = 0; r < count; ++r, result += kLanes) {
-            _mm512_store_ps(result, _mm512_fmadd_ps(_mm512_load_ps(sums[r]), scales, _mm512_load_ps(result)));
-        }
-        return;
-    }
-    for (int64_t r = 0; r < count; ++r, of_row += next_row, result += kLanes) {
-        __m512i dot = _mm512_load_si512(sums[r]);
-        if constexpr (PAIR == Pair::kWord) {
-            const __m512i high = _mm512_load_si512(sums[kTileRows + r]);
-            dot = _mm512_add_epi32(dot, _mm512_slli_epi32(high, 8));
-        }
-        if constexpr (SHIFTED) {
-            const __m512i shifts = _mm512_load_si512(output.shifts);
-            dot = _mm512_add_epi32(dot, _mm512_mullo_epi32(shifts, _mm512_set1_epi32(of_row->sum)));
-        }
-        __m512 value = _mm512_cvtepi32_ps(dot);
-        if constexpr (PAIR == Pair::kByte)
-            value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row->zero_point), weight_sums, value);
-        value = _mm512_mul_ps(value, _mm512_set1_ps(of_row->scale));
-        _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, _mm512_load_ps(result)));
-    }
-}
-
-// `SECOND`: there are rows for a second tile of activations.
+// Rows [begin, end), two tiles at a time if `SECOND`.
 template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
-AUTOQ_INLINE void add_block(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block,
-                            int64_t index, int word, const Sums& sums) {
-    const int64_t left = rows.rows - row;
-    for (int c = 0; c < COLUMNS; ++c) {
-        const int64_t count = left < kTileRows ? left : kTileRows;
-        add_results<PAIR, SHIFTED>(rows, panel, row, count, row_block + c, index, word, sums.of[2 * c]);
-        if constexpr (PAIR != Pair::kWord && SECOND) {
-            const int64_t more = left < 2 * kTileRows ? left - kTileRows : kTileRows;
-            add_results<PAIR, SHIFTED>(rows, panel, row + kTileRows, more, row_block + c, index, word,
-                                       sums.of[2 * c + 1]);
-        }
-    }
-}
-
-template <Pair PAIR, bool SHIFTED, bool SECOND, int COLUMNS>
-AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block,
-                                Sums& sums) {
+AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t begin, int64_t end,
+                                int64_t row_block, Sums& sums) {
     const int64_t stride = rows.planes * kTileBytes;
-    // The vector units add the sums of one block while the matrix unit works on the next.
-    int64_t previous = -1;
-    int previous_word = 0;
-    for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
-        const ColumnBlock& block = rows.blocks[i];
-        for (int word = 0; word < rows.rounding.words; ++word) {
-            const uint8_t* values = rows.row(row, block) + 2 * word * kTileBytes;
-            const uint8_t* second = PAIR == Pair::kWord ? values + kTileBytes : values + block.slice_tiles * stride;
-            dot_tiles<PAIR, PAIR == Pair::kWord || SECOND, COLUMNS>(values, second, stride,
-                                                                    panel.tile(row_block, block), block.tiles);
-            if (previous >= 0) {
-                add_block<PAIR, SHIFTED, SECOND, COLUMNS>(rows, panel, row, row_block, previous, previous_word, sums);
+    Pending<PAIR, SHIFTED, SECOND, COLUMNS> pending;
+    for (int64_t row = begin; row < end; row += (SECOND ? 2 : 1) * kTileRows) {
+        for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
+            const ColumnBlock& block = rows.blocks[i];
+            for (int word = 0; word < rows.rounding.words; ++word) {
+                const uint8_t* values = rows.row(row, block) + 2 * word * kTileBytes;
+                const uint8_t* second = PAIR == Pair::kWord ? values + kTileBytes : values + block.slice_tiles * stride;
+                dot_tiles(values, second, stride, panel.tile(row_block, block), block.tiles, pending, sums);
+                store_tiles<PAIR == Pair::kWord || SECOND, COLUMNS>(sums);
+                pending = {rows, panel, row, row_block, i, word};
             }
-            store_tiles<PAIR == Pair::kWord || SECOND, COLUMNS>(sums);
-            previous = i;
-            previous_word = word;
         }
     }
-    add_block<PAIR, SHIFTED, SECOND, COLUMNS>(rows, panel, row, row_block, previous, previous_word, sums);
+    pending.add_rest(sums);
 }
 
 template <Pair PAIR, bool SHIFTED, int COLUMNS>
 void multiply_columns(const ActivationTiles& rows, const Panel& panel, int64_t row_block, Sums& sums) {
-    int64_t row = 0;
-    if (PAIR != Pair::kWord) {
-        for (; row + kTileRows < rows.rows; row += 2 * kTileRows) {
-            multiply_rows<PAIR, SHIFTED, true, COLUMNS>(rows, panel, row, row_block, sums);
-        }
-    }
-    for (; row < rows.rows; row += kTileRows) {
-        multiply_rows<PAIR, SHIFTED, false, COLUMNS>(rows, panel, row, row_block, sums);
-    }
+    const int64_t end = rows.row_tiles() * kTileRows;
+    const int64_t pairs = PAIR == Pair::kWord ? 0 : end / (2 * kTileRows) * (2 * kTileRows);
+    if (pairs > 0) multiply_rows<PAIR, SHIFTED, true, COLUMNS>(rows, panel, 0, pairs, row_block, sums);
+    if (pairs < end) multiply_rows<PAIR, SHIFTED, false, COLUMNS>(rows, panel, pairs, end, row_block, sums);
 }
 
 template <Pair PAIR, bool SHIFTED>
@@ -191,7 +216,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
     }
     static const TileConfiguration configuration;
     _tile_loadconfig(&configuration);
-    multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers_avx512, unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles,
+                    output, begin, end);
     _tile_release();  // a thread with tiles in use is slower to switch, and its core to rest
 }
 

@@ -297,7 +297,10 @@ AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows
     __m256 values[2 * kBlockHalves];
     const ColumnBlock& block = tiles.blocks[index];
     const int64_t halves = block.end - block.begin;
-    const uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    if (tiles.rounding.mode == Mode::kInt8) {
+        largest = take_outliers(tiles, row, block, reinterpret_cast<float*>(values), largest);
+    }
     const BlockScale scale = tile_scale(tiles, values, halves, largest);
     const __m256 to_integer = _mm256_set1_ps(scale.to_integer);
     uint8_t* out = tiles.row(row, block);
@@ -357,6 +360,30 @@ void unpack_panel(const ActivationTiles& rows, const Panel& panel) {
     with_bits(panel.weight->bits, [&](auto bits) { unpack_blocks(unpack_block<bits>, rows, panel); });
 }
 
+// As many sums as leave registers for what is added to them.
+AUTOQ_TARGET void multiply_outliers(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                                    const OutlierWeights& weights) {
+    constexpr int kSums = 8;
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        const Outlier* outliers = rows.row_outliers(row);
+        for (int64_t first = 0; first < kOutlierBlocks * kLanes; first += kSums * kWidth) {
+            __m256 sums[kSums];
+            for (__m256& sum : sums) sum = _mm256_setzero_ps();
+            for (int64_t o = 0; o < rows.outlier_counts[row]; ++o) {
+                const float* weight = weights.of_column(outliers[o].column) + first;
+                const __m256 value = _mm256_set1_ps(outliers[o].value);
+                for (int i = 0; i < kSums; ++i) {
+                    sums[i] = _mm256_fmadd_ps(value, _mm256_loadu_ps(weight + i * kWidth), sums[i]);
+                }
+            }
+            for (int i = 0; i < kSums; ++i) {
+                const int64_t lane = first + i * kWidth;
+                _mm256_store_ps(panel.result(row, row_block + lane / kLanes) + lane % kLanes, sums[i]);
+            }
+        }
+    }
+}
+
 // One block of columns for `ROWS` rows and 16 outputs, half of them in a register. Two words of a row are broadcast to
 // multiply with two weights of each output.
 template <int ROWS>
@@ -381,7 +408,7 @@ AUTOQ_INLINE void multiply_block(const ActivationTiles& rows, const uint8_t* val
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        const __m256 scale = _mm256_set1_ps(of_row[r * rows.block_count() * rows.rounding.words].scale);
+        const __m256 scale = _mm256_set1_ps(of_row[r * rows.rounding.words].scale);
         for (int i = 0; i < 2; ++i) {
             float* eight = result + r * kLanes + i * kWidth;
             const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r][i]), scale);
@@ -421,7 +448,7 @@ AUTOQ_TARGET void store_panel(const ActivationTiles& rows, const Panel& panel, c
 
 void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output, int64_t begin,
                     int64_t end) {
-    multiply_panels({unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers, unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
 }
 
 // ---- dequantization ----------------------------------------------------------------------------------------------

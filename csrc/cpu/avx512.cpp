@@ -185,7 +185,10 @@ AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows
     __m512 values[kBlockHalves];
     const ColumnBlock& block = tiles.blocks[index];
     const int64_t halves = block.end - block.begin;
-    const uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    if (tiles.rounding.mode == Mode::kInt8) {
+        largest = take_outliers(tiles, row, block, reinterpret_cast<float*>(values), largest);
+    }
     const TileScale scale = tile_scale(tiles, values, halves, largest);
     const __m512i order = _mm512_loadu_si512(columns), zero_point = _mm512_set1_epi32(scale.zero_point);
     __m512i sums[kMaxWords] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -367,7 +370,8 @@ void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, co
                     int64_t end) {
     const bool bytes = tiles.element == Element::kByte;
     const auto multiply = bytes ? multiply_panel<Element::kByte> : multiply_panel<Element::kWord>;
-    multiply_panels({unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers_avx512, unpack_panel_avx512, multiply, store_panel_avx512}, weight, tiles,
+                    output, begin, end);
 }
 
 // ---- dequantization ----------------------------------------------------------------------------------------------
@@ -457,6 +461,23 @@ void prepare_avx512(const PackedWeight& weight, const InputRows& input, const Fi
 void prepare_tiles_avx512(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
                           int64_t begin, int64_t end) {
     prepare_each_tile_block(prepare_tile_block, weight, input, tiles, begin, end);
+}
+
+AUTOQ_TARGET void multiply_outliers_avx512(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                                           const OutlierWeights& weights) {
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        __m512 sums[kOutlierBlocks];
+        for (__m512& sum : sums) sum = _mm512_setzero_ps();
+        const Outlier* outliers = rows.row_outliers(row);
+        for (int64_t o = 0; o < rows.outlier_counts[row]; ++o) {
+            const float* weight = weights.of_column(outliers[o].column);
+            const __m512 value = _mm512_set1_ps(outliers[o].value);
+            for (int64_t i = 0; i < kOutlierBlocks; ++i) {
+                sums[i] = _mm512_fmadd_ps(value, _mm512_loadu_ps(weight + i * kLanes), sums[i]);
+            }
+        }
+        for (int64_t i = 0; i < kOutlierBlocks; ++i) _mm512_store_ps(panel.result(row, row_block + i), sums[i]);
+    }
 }
 
 void unpack_panel_avx512(const ActivationTiles& rows, const Panel& panel) {

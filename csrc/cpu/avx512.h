@@ -3,6 +3,7 @@
 
 #include "intrinsics.h"
 #include "kernels.h"
+#include "outliers.h"
 
 #define AUTOQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define AUTOQ_AVX512_INLINE AUTOQ_AVX512 __attribute__((always_inline)) inline
@@ -19,6 +20,8 @@ void dequantize_avx512(const PackedWeight& weight, void* dense, Float dtype, int
 // Many rows, of bytes or words.
 void prepare_tiles_avx512(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles,
                           int64_t begin, int64_t end);
+void multiply_outliers_avx512(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                              const OutlierWeights& weights);
 void unpack_panel_avx512(const ActivationTiles& rows, const Panel& panel);
 void store_panel_avx512(const ActivationTiles& rows, const Panel& panel, const OutputRows& output);
 

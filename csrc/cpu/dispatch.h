@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "outliers.h"
 #include "scratch.h"
 
 namespace autoq::cpu {
@@ -136,13 +137,24 @@ inline ActivationTiles activation_tiles(const PackedWeight& weight, const InputR
     const Element element = kernels.element(mode, input.dtype, weight.bits);
     const bool split = mode == Mode::kExact && element == Element::kByte;
     const int planes = split ? 2 * rounding.words : rounding.words;
-    ActivationTiles tiles{rounding, element, input.rows, planes, {}, nullptr, nullptr};
+    ActivationTiles tiles{};
+    tiles.rounding = rounding;
+    tiles.element = element;
+    tiles.rows = input.rows;
+    tiles.planes = planes;
     tiles.blocks = column_blocks(weight, tiles);
     const int64_t bytes = tiles.row_tiles() * tiles.tiles() * planes * kTileBytes;
-    const int64_t parameters = input.rows * tiles.block_count() * rounding.words;
-    char* memory = scratch.get(bytes + parameters * static_cast<int64_t>(sizeof(RowBlock)));
+    const int64_t parameters = tiles.row_tiles() * kTileRows * tiles.block_count() * rounding.words;
+    const int64_t outliers = mode == Mode::kInt8 ? input.rows * tiles.block_count() * kBlockOutliers : 0;
+    const int64_t parameter_bytes = parameters * static_cast<int64_t>(sizeof(RowBlock));
+    const int64_t outlier_bytes = outliers * static_cast<int64_t>(sizeof(Outlier));
+    char* memory = scratch.get(bytes + parameter_bytes + outlier_bytes + input.rows * 8 + tiles.columns());
     tiles.values = reinterpret_cast<uint8_t*>(memory);
-    tiles.parameters = reinterpret_cast<RowBlock*>(memory + bytes);
+    tiles.parameters = reinterpret_cast<RowBlock*>(memory += bytes);
+    tiles.outliers = reinterpret_cast<Outlier*>(memory += parameter_bytes);
+    tiles.outlier_counts = reinterpret_cast<int64_t*>(memory += outlier_bytes);
+    tiles.has_outliers = reinterpret_cast<uint8_t*>(memory += input.rows * 8);
+    std::memset(tiles.outlier_counts, 0, input.rows * 8 + tiles.columns());
     return tiles;
 }
 
@@ -184,6 +196,62 @@ void unpack_blocks(UnpackBlock unpack_block, const ActivationTiles& rows, const 
     }
 }
 
+// Which columns have outliers, and which of them each of these is. The vectors are kept for the next call.
+struct OutlierColumns {
+    std::vector<int32_t> columns, places;
+    std::vector<float> weights;
+
+    void find(const ActivationTiles& rows) {
+        columns.clear();
+        places.resize(rows.columns());
+        for (int64_t column = 0; column < rows.columns(); ++column) {
+            if (!rows.has_outliers[column]) continue;
+            places[column] = static_cast<int32_t>(columns.size());
+            columns.push_back(static_cast<int32_t>(column));
+        }
+        weights.resize(columns.size() * kOutlierBlocks * kLanes);
+    }
+
+    // Those of the panel's row blocks from `row_block` on; zeros behind its last.
+    template <int BITS>
+    void unpack(const Panel& panel, int64_t row_block) {
+        for (int64_t i = 0; i < kOutlierBlocks; ++i) {
+            if (row_block + i < panel.row_blocks) {
+                unpack_row_block<BITS>(*panel.weight, panel.first_row_block + row_block + i, i);
+            } else {
+                for (size_t c = 0; c < columns.size(); ++c) std::fill_n(at(c, i), kLanes, 0.0f);
+            }
+        }
+    }
+
+  private:
+    float* at(size_t column, int64_t row_block) {
+        return weights.data() + (static_cast<int64_t>(column) * kOutlierBlocks + row_block) * kLanes;
+    }
+
+    template <int BITS>
+    void unpack_row_block(const PackedWeight& weight, int64_t row_block, int64_t place) {
+        float scales[kLanes];
+        int32_t zeros[kLanes];
+        int64_t group = -1;
+        for (size_t c = 0; c < columns.size(); ++c) {
+            const int64_t column = columns[c], of_column = weight.groups == 1 ? 0 : column / weight.group_size;
+            const int64_t parameters = (row_block * weight.groups + of_column) * kLanes;
+            for (int lane = 0; group != of_column && lane < kLanes; ++lane) {
+                scales[lane] = half_to_float(weight.scales[parameters + lane]);
+                zeros[lane] = weight.zeros[parameters + lane];
+            }
+            group = of_column;
+            const uint32_t* words = weight.unit(row_block, column / kUnitColumns);
+            float* out = at(c, place);
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const auto code = static_cast<int32_t>(decode(words + lane, BITS, column % kUnitColumns));
+                out[lane] = static_cast<float>(code - zeros[lane]) * scales[lane];
+            }
+        }
+    }
+};
+
 // `dequantize_rows(weight, dense, row_block, rows, group, begin, end, out)` writes halves [begin, end), all in one
 // group, of the first `rows` rows of a row block, of which the first begins at element `out` of the dense weight.
 template <class DequantizeRows>
@@ -212,10 +280,26 @@ void multiply_four_rows_at_a_time(MultiplyRows four, MultiplyRows one, const Act
 
 // What an instruction set brings to the multiplication of many rows.
 struct PanelKernels {
+    // Begins the results of kOutlierBlocks row blocks, from `row_block` on, with what outliers give.
+    void (*multiply_outliers)(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                              const OutlierWeights& weights);
     void (*unpack)(const ActivationTiles& rows, const Panel& panel);    // fills the panel's tiles and outputs
     void (*multiply)(const ActivationTiles& rows, const Panel& panel);  // adds to the panel's results
     void (*store)(const ActivationTiles& rows, const Panel& panel, const OutputRows& output);
 };
+
+// The results of a panel before its blocks.
+inline void begin_results(const PanelKernels& set, const ActivationTiles& rows, const Panel& panel,
+                          OutlierColumns& outliers) {
+    if (outliers.columns.empty()) {
+        std::memset(panel.results, 0, panel.result_bytes());
+        return;
+    }
+    for (int64_t row_block = 0; row_block < panel.row_blocks; row_block += kOutlierBlocks) {
+        with_bits(panel.weight->bits, [&](auto bits) { outliers.unpack<bits>(panel, row_block); });
+        set.multiply_outliers(rows, panel, row_block, {outliers.places.data(), outliers.weights.data()});
+    }
+}
 
 // Multiplies all rows with the weight's row blocks [begin, end), a panel at a time: what is unpacked once is multiplied
 // with every row while it lies in the caches.
@@ -223,19 +307,19 @@ inline void multiply_panels(const PanelKernels& set, const PackedWeight& weight,
                             const OutputRows& output, int64_t begin, int64_t end) {
     constexpr int64_t kTiles = kPanelBlocks * kSliceTiles;
     static thread_local Scratch scratch;
-    const int64_t result_bytes =
-        rows.row_tiles() * kTileRows * kPanelBlocks * kLanes * static_cast<int64_t>(sizeof(float));
-    char* memory = scratch.get(kTiles * (kTileBytes + sizeof(OutputBlock)) + result_bytes);
+    static thread_local OutlierColumns outliers;
+    outliers.find(rows);
     Panel panel{};
     panel.weight = &weight;
     panel.row_tiles = rows.row_tiles();
+    char* memory = scratch.get(kTiles * (kTileBytes + sizeof(OutputBlock)) + panel.result_bytes());
     panel.tiles = reinterpret_cast<uint8_t*>(memory);
     panel.outputs = reinterpret_cast<OutputBlock*>(memory + kTiles * kTileBytes);
     panel.results = reinterpret_cast<float*>(memory + kTiles * (kTileBytes + sizeof(OutputBlock)));
     for (int64_t row_block = begin; row_block < end; row_block += kPanelBlocks) {
         panel.first_row_block = row_block;
         panel.row_blocks = std::min(kPanelBlocks, end - row_block);
-        std::memset(panel.results, 0, result_bytes);
+        begin_results(set, rows, panel, outliers);
         for (int64_t block = 0; block < rows.block_count(); block = panel.last_block) {
             panel.first_block = block;
             panel.last_block = block + 1;

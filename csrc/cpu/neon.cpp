@@ -324,7 +324,10 @@ AUTOQ_TARGET void prepare_tile_block(const PackedWeight& weight, const InputRows
     float32x4_t values[kBlockHalves][kQuads];
     const ColumnBlock& block = tiles.blocks[index];
     const int64_t halves = block.end - block.begin;
-    const uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    uint32_t largest = load_block(weight, input, row, block.begin, block.end, values);
+    if (tiles.rounding.mode == Mode::kInt8) {
+        largest = take_outliers(tiles, row, block, reinterpret_cast<float*>(values), largest);
+    }
     const TileScale scale = tile_scale(tiles, values, halves, largest);
     uint8_t order_bytes[kHalfColumns];
     for (int i = 0; i < kHalfColumns; ++i) order_bytes[i] = static_cast<uint8_t>(columns[i]);
@@ -391,6 +394,29 @@ AUTOQ_TARGET void unpack_block(const PackedWeight& weight, const ColumnBlock& bl
 
 void unpack_panel(const ActivationTiles& rows, const Panel& panel) {
     with_bits(panel.weight->bits, [&](auto bits) { unpack_blocks(unpack_block<bits>, rows, panel); });
+}
+
+// As many sums as leave registers for what is added to them.
+AUTOQ_TARGET void multiply_outliers(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                                    const OutlierWeights& weights) {
+    constexpr int kSums = 16;
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        const Outlier* outliers = rows.row_outliers(row);
+        for (int64_t first = 0; first < kOutlierBlocks * kLanes; first += kSums * kWidth) {
+            float32x4_t sums[kSums];
+            for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);
+            for (int64_t o = 0; o < rows.outlier_counts[row]; ++o) {
+                const float* weight = weights.of_column(outliers[o].column) + first;
+                for (int i = 0; i < kSums; ++i) {
+                    sums[i] = vfmaq_n_f32(sums[i], vld1q_f32(weight + i * kWidth), outliers[o].value);
+                }
+            }
+            for (int i = 0; i < kSums; ++i) {
+                const int64_t lane = first + i * kWidth;
+                vst1q_f32(panel.result(row, row_block + lane / kLanes) + lane % kLanes, sums[i]);
+            }
+        }
+    }
 }
 
 // Adds the dot products of a plane of `ROWS` rows with 16 outputs over one block of columns.
@@ -471,7 +497,7 @@ AUTOQ_TARGET void store_panel(const ActivationTiles& rows, const Panel& panel, c
 
 void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output, int64_t begin,
                     int64_t end) {
-    multiply_panels({unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers, unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
 }
 
 // ---- dequantization ----------------------------------------------------------------------------------------------

@@ -6,17 +6,10 @@
 namespace autoq::cpu {
 namespace {
 
-uint32_t magnitude_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits & 0x7fffffffu;
-}
-
 // The columns of halves [begin, end) of one input row, and zeros behind the last column.
 struct BlockValues {
     float values[kBlockHalves * kHalfColumns];
     uint32_t largest_magnitude = 0;
-    float least = 0.0f, largest = 0.0f;
 
     BlockValues(const PackedWeight& weight, const InputRows& input, int64_t row, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < (end - begin) * kHalfColumns; ++i) {
@@ -26,8 +19,6 @@ struct BlockValues {
                                     : 0.0f;
             values[i] = value;
             largest_magnitude = std::max(largest_magnitude, magnitude_bits(value));
-            least = std::min(least, value);
-            largest = std::max(largest, value);
         }
     }
 
@@ -124,18 +115,26 @@ void multiply(const PackedWeight& weight, const FixedPointRows& fixed, const Out
 
 Element element(Mode, Float, int) { return Element::kWord; }
 
-BlockScale tile_scale(const BlockValues& values, const ActivationTiles& tiles) {
+BlockScale tile_scale(const BlockValues& values, int64_t count, const ActivationTiles& tiles) {
     const BlockScale scale = block_scale(values.largest_magnitude, tiles.rounding.fraction_bits);
     if (tiles.rounding.mode == Mode::kExact || scale.to_integer == 0.0f) return scale;
-    const ByteScale byte = byte_scale(values.least, values.largest);
+    float least = 0.0f, largest = 0.0f;
+    for (int64_t i = 0; i < count; ++i) {
+        least = std::min(least, values.values[i]);
+        largest = std::max(largest, values.values[i]);
+    }
+    const ByteScale byte = byte_scale(least, largest);
     return {byte.to_integer, byte.to_float};
 }
 
 void prepare_tile_block(const PackedWeight& weight, const InputRows& input, const ActivationTiles& tiles, int64_t row,
                         int64_t index, const int32_t* columns) {
     const ColumnBlock& block = tiles.blocks[index];
-    const BlockValues values(weight, input, row, block.begin, block.end);
-    const BlockScale scale = tile_scale(values, tiles);
+    BlockValues values(weight, input, row, block.begin, block.end);
+    if (tiles.rounding.mode == Mode::kInt8) {
+        values.largest_magnitude = take_outliers(tiles, row, block, values.values, values.largest_magnitude);
+    }
+    const BlockScale scale = tile_scale(values, (block.end - block.begin) * kHalfColumns, tiles);
     uint8_t* out = tiles.row(row, block);
     for (int64_t half = 0; half < block.end - block.begin; ++half) {
         for (int i = 0; i < kHalfColumns; ++i) {
@@ -192,6 +191,23 @@ void dot_tiles(const ActivationTiles& rows, const uint8_t* values, const uint8_t
     }
 }
 
+void multiply_outliers(const ActivationTiles& rows, const Panel& panel, int64_t row_block,
+                       const OutlierWeights& weights) {
+    for (int64_t row = 0; row < rows.rows; ++row) {
+        for (int64_t i = 0; i < kOutlierBlocks; ++i) {
+            float* result = panel.result(row, row_block + i);
+            std::fill_n(result, kLanes, 0.0f);
+            for (int64_t o = 0; o < rows.outlier_counts[row]; ++o) {
+                const Outlier outlier = rows.row_outliers(row)[o];
+                const float* weight = weights.of_column(outlier.column) + i * kLanes;
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    result[lane] = std::fma(outlier.value, weight[lane], result[lane]);
+                }
+            }
+        }
+    }
+}
+
 void multiply_panel(const ActivationTiles& rows, const Panel& panel) {
     for (int64_t row_block = 0; row_block < panel.row_blocks; ++row_block) {
         for (int64_t row = 0; row < rows.rows; ++row) {
@@ -224,7 +240,7 @@ void store_panel(const ActivationTiles& rows, const Panel& panel, const OutputRo
 
 void multiply_tiles(const PackedWeight& weight, const ActivationTiles& tiles, const OutputRows& output, int64_t begin,
                     int64_t end) {
-    multiply_panels({unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
+    multiply_panels({multiply_outliers, unpack_panel, multiply_panel, store_panel}, weight, tiles, output, begin, end);
 }
 
 // ---- dequantization -----------------------------------------------------------------------------------------------
