@@ -139,7 +139,7 @@ class AutoQForCausalLM(nn.Module):
         max_memory: the bytes each device may hold, `{0: "20GiB", "cpu": "60GiB"}`; those it does not name, none.
         torch_dtype: of activations and unquantized weights; "auto" is the checkpoint's own.
         mode: of the linears on a CPU where there are many rows, as in a prompt: "exact", or "int8", which rounds
-            activations to 8 bits and is faster on most processors; see `autoq.ops.linear`.
+            activations to 8 bits and is a little faster on some processors; see `autoq.ops.linear`.
         fuse_layers: decoder blocks run in one native call each, without gradients, and give the same tokens; whole
             decoding steps are recorded once and replayed, on a GPU as CUDA graphs. False runs transformers' own.
         kv_cache_bits: 8 keeps keys and values in 8 bits, with a scale for each head of each token, where blocks are

@@ -403,7 +403,7 @@ def linear(
     bias: the input's dtype, `[out_features]`, or None.
     mode: what becomes of the input where there are many rows (more than 8, with AMX 16). "exact" keeps 13 bits or
         more of bf16 and fp16 inputs below the largest value of a group, of fp32 inputs 30; "int8" rounds them to 8 bits
-        in blocks of 64, outliers excepted, which most processors multiply faster. With fewer rows, either keeps 14
+        in blocks of 64, outliers excepted, which some processors multiply faster. With fewer rows, either keeps 14
         bits, 22 where there are outliers (fp32: 30). On a GPU both modes are the same.
 
     Returns `[..., out_features]` in the input's dtype, accumulated in fp32. Differentiable in the input and the bias.

@@ -117,8 +117,8 @@ DATA = {
     "gaussian": (0, 1, 5.4e-3),
     "few outliers": (4, 20, 4.5e-3),
     "one outlier": (1, 100, 2.8e-3),
-    "outliers in most groups": (16, 50, 1.3e-3),
-    "outliers in most blocks": (32, 30, 1.7e-3),
+    "outliers in most groups": (16, 50, 1.8e-3),
+    "outliers in most blocks": (32, 30, 2.8e-3),
 }
 
 

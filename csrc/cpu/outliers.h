@@ -23,16 +23,16 @@ inline uint32_t magnitude_bits(float value) {
 }
 
 // Takes the outliers out of the values of a block, leaving zeros, and returns the bits of the largest magnitude left.
-// Every sixteenth column has a largest magnitude; outliers are those above four times the geometric mean of these,
-// zeros not counted. The mean is of the bits, which are nearly logarithms, so it is exact in integers. Gaussian values
-// have none. A block with more than kBlockOutliers of them is not made for this and is left as it is.
+// Every sixteenth column has a largest magnitude; outliers are those above eight times the geometric mean of
+// these, zeros not counted. The mean is of the bits, which are nearly logarithms, so it is exact in integers. Gaussian
+// values have none. A block with more than kBlockOutliers of them is not made for this and is left as it is.
 //
 // Inlined, to be compiled for each instruction set.
 __attribute__((always_inline)) inline uint32_t take_outliers(const ActivationTiles& tiles, int64_t row,
                                                              const ColumnBlock& block, float* values,
                                                              uint32_t largest) {
     constexpr int kDropped = 8;  // low bits, so that sums fit
-    constexpr uint32_t kFourTimes = 2u << (23 - kDropped);
+    constexpr uint32_t kEightTimes = 3u << (23 - kDropped);
     const int64_t count = (block.end - block.begin) * kHalfColumns;
     uint32_t lanes[kHalfColumns] = {0};
     for (int64_t i = 0; i < count; i += kHalfColumns) {
@@ -47,7 +47,7 @@ __attribute__((always_inline)) inline uint32_t take_outliers(const ActivationTil
     }
     const bool finite = largest < 0x7f800000u;
     if (!finite || lanes_in_use == 0) return largest;
-    const uint32_t limit = sum / lanes_in_use + kFourTimes;
+    const uint32_t limit = sum / lanes_in_use + kEightTimes;
     if (largest >> kDropped <= limit) return largest;
 
     int64_t found = 0;
