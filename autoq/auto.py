@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
-from autoq.errors import CheckpointError, ConfigError
+from autoq.errors import CalibrationError, CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear
@@ -105,9 +106,12 @@ class AutoQForCausalLM(nn.Module):
             if others:
                 raise TypeError(f"from_pretrained with device_map='disk' takes no keyword argument {others[0]!r}")
             return cls(leave_on_disk(find_checkpoint(model_path, **hub_options), config, torch_dtype))
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the model in {model_path} cannot be loaded ({first_line(error)})") from error
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
             # One way of moving tensors, for full-precision models as for quantized ones.
             remove_hook_from_submodules(model)
@@ -253,6 +257,10 @@ class AutoQForCausalLM(nn.Module):
         if type(max_eval_samples) is not int or max_eval_samples < 0:
             raise ConfigError(f"max_eval_samples is {max_eval_samples!r}; it should be a number of samples, 0 for none")
 
+        for name, value in (("max_calib_samples", max_calib_samples), ("max_calib_seq_len", max_calib_seq_len)):
+            if type(value) is not int or value < 1:
+                raise CalibrationError(f"{name} is {value!r}; it should be a number of at least 1")
+
         def load(data: Any, count: int) -> CalibrationSet:
             return load_calibration(
                 tokenizer,
@@ -270,10 +278,15 @@ class AutoQForCausalLM(nn.Module):
         calibration, held_out = load(calib_data, max_calib_samples + extra).split(max_calib_samples)
         if eval_data is not None and max_eval_samples:
             held_out = load(eval_data, max_eval_samples)
+        if eval_data is None and held_out is not None and len(held_out.samples) < Ranks().size:
+            held_out = None  # too little is left over to be shared
         if max_kl is not None and held_out is None:
             raise ConfigError(
                 "max_kl needs text that takes no part in the calibration, but none is left over; pass some as eval_data"
             )
+        for name, path in (("work_dir", work_dir), ("statistics", statistics), ("awq_cache", awq_cache)):
+            if not isinstance(path, (str, Path, type(None))):
+                raise ConfigError(f"{name} is {path!r}; it should be a path")
         run = Run(
             devices=_devices(device),
             max_memory=None if max_memory is None else byte_count(max_memory, "max_memory"),
@@ -283,11 +296,11 @@ class AutoQForCausalLM(nn.Module):
             held_out=held_out,
             progress=progress,
         )
-        if progress:
-            print(calibration.describe())
         training = self.model.training
         try:
             quantizer = Quantizer(self.model.eval(), config, calibration, run)
+            if progress and Ranks().is_first:
+                print(quantizer.description)
             # Folding and replacing happen in place: what a stopped run leaves behind is no model.
             self._interrupted = True
             self.quant_config, self.report = quantizer.quantize()

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,10 +146,11 @@ def leave_on_disk(directory: Path, config: PretrainedConfig, torch_dtype: torch.
         tied = tied_names(model)
         index = {}
         for name, tensor in model.state_dict().items():
-            stored = _stored_name(tied.get(name, name), model, reader)
+            names = [name, tied.get(name, name), *(other for other, source in tied.items() if source == name)]
+            stored = _stored_name(names, model, reader)
             reader.check(stored, TensorSpec(reader.specs[stored].dtype, tuple(tensor.shape)))
             index[name] = {
-                "safetensors_file": str(reader.paths[stored]),
+                "safetensors_file": str(reader.paths[stored].absolute()),
                 "weight_name": stored,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
             }
@@ -166,15 +167,16 @@ def leave_on_disk(directory: Path, config: PretrainedConfig, torch_dtype: torch.
     return model.eval()
 
 
-def _stored_name(name: str, model: PreTrainedModel, reader: CheckpointReader) -> str:
-    """What a checkpoint calls a tensor: some were saved without the part of the name that all but the head share."""
-    short = name.removeprefix(f"{model.base_model_prefix}.")
-    for stored in (name, short):
-        if stored in reader.specs:
-            return stored
+def _stored_name(names: Sequence[str], model: PreTrainedModel, reader: CheckpointReader) -> str:
+    """What a checkpoint calls a tensor that has these names: some were saved without the part that all but the head
+    share."""
+    for name in names:
+        for stored in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+            if stored in reader.specs:
+                return stored
     raise CheckpointError(
-        f"{reader.directory} has no tensor {name}; to leave a model on the disk, its files must hold the tensors under "
-        "the names they have in transformers: load it into memory and save it with save_pretrained once"
+        f"{reader.directory} has no tensor {names[0]}; to leave a model on the disk, its files must hold the tensors "
+        "under the names they have in transformers: load it into memory and save it with save_pretrained once"
     )
 
 
@@ -205,7 +207,14 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     """The model with its parameters on the meta device; buffers that are computed, not loaded, are real."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            # What is computed is computed in fp32, as in transformers' own loading, whatever the weights' dtype.
+            precise = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        stored = model.state_dict().keys()
+        for name, buffer in precise.named_buffers():
+            if name not in stored:
+                model.get_buffer(name).copy_(buffer)
+        return model
     except Exception as error:  # as above
         raise CheckpointError(f"the config describes no model that can be built ({first_line(error)})") from None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
@@ -25,9 +26,13 @@ def main() -> None:
     parser.add_argument("out", help="directory to write")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
     parser.add_argument("--group-size", type=int, default=128, help="16, 32, 64, 128, 256, or -1 for whole rows")
+    parser.add_argument("--effort", choices=("fast", "default", "best"), default="default")
+    parser.add_argument("--target-bits", type=float, help="mean width of the codes, such as 4.25, instead of --bits")
+    parser.add_argument("--scale-activations", action="store_true", help="better, but only autoq loads it")
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument("--head-bits", type=int, choices=(2, 3, 4, 8), help="quantize the output head too")
     parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")
+    parser.add_argument("--eval-data", help="held-out text that judges the result, as --calibration")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sample")
     parser.add_argument("--device", nargs="+", help="where blocks are searched, such as cuda:0 cuda:1 (default: here)")
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, help="save nothing if the KL divergence on held-out text is larger")
     arguments = parser.parse_args()
 
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)  # what cannot be made is better known before
     model = AutoQForCausalLM.from_pretrained(arguments.model, device_map="disk" if arguments.max_memory else None)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     report = model.quantize(
@@ -47,6 +53,9 @@ def main() -> None:
             "group_size": arguments.group_size,
             "zero_point": not arguments.symmetric,
             "lm_head_bits": arguments.head_bits,
+            "effort": arguments.effort,
+            "target_bits": arguments.target_bits,
+            "scale_activations": arguments.scale_activations,
         },
         calib_data=arguments.calibration,
         max_calib_samples=arguments.samples,
@@ -57,6 +66,7 @@ def main() -> None:
         statistics=arguments.statistics,
         awq_cache=arguments.awq_cache,
         max_kl=arguments.max_kl,
+        eval_data=arguments.eval_data,
     )
     if int(os.environ.get("RANK", 0)):
         return  # the first process saves
@@ -71,3 +81,5 @@ if __name__ == "__main__":
         main()
     except (AutoQError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; with --work-dir, the same command goes on where this one was") from None

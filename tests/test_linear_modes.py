@@ -115,7 +115,7 @@ def gaussian_with_outliers(rows: int, columns: int, channels: int, factor: float
 
 DATA = {
     "gaussian": (0, 1, 5.4e-3),
-    "few outliers": (4, 20, 4.5e-3),
+    "few outliers": (4, 20, 5e-3),
     "one outlier": (1, 100, 2.8e-3),
     "outliers in most groups": (16, 50, 1.8e-3),
     "outliers in most blocks": (32, 30, 2.8e-3),

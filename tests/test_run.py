@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoq import AutoQForCausalLM, QuantConfig
-from autoq.errors import AutoQError, CheckpointError, ConfigError, QuantizationError
+from autoq.errors import AutoQError, CalibrationError, CheckpointError, ConfigError, QuantizationError
 from autoq.evaluation.divergence import compare
 from autoq.quantization import activations, awq, budget, pipeline, workspace
 from autoq.quantization import search as searching
@@ -226,7 +226,7 @@ def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
     _in_memory(case, work_dir=tmp_path / "work")
     other = AutoQForCausalLM(case.model(seed=1))
     changes: list[tuple[str, Callable[[], Any]]] = [
-        ("settings", lambda: _in_memory(case, settings={**SETTINGS, "bits": 3}, work_dir=tmp_path / "work")),
+        ("the setting bits", lambda: _in_memory(case, settings={**SETTINGS, "bits": 3}, work_dir=tmp_path / "work")),
         ("calibration samples", lambda: _in_memory(case, calib_data=samples(20, seed=3), work_dir=tmp_path / "work")),
         ("model", lambda: _quantize(other, work_dir=tmp_path / "work")),
         ("held-out samples", lambda: _in_memory(case, max_eval_samples=3, work_dir=tmp_path / "work")),
@@ -293,7 +293,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
         while process.poll() is None and len(list(work.rglob("*.safetensors"))) < files:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # it was not done
     subprocess.run(command, check=True, capture_output=True)
     _assert_same(load_file(tmp_path / "found" / "model.safetensors"), expected)
 
@@ -322,8 +322,90 @@ def test_statistics_serve_other_bits_and_group_sizes(tmp_path: Path, monkeypatch
 def test_statistics_without_the_heads_do_not_serve_the_head(tmp_path: Path) -> None:
     case = variant("llama")
     _in_memory(case, settings={"group_size": 32}, statistics=tmp_path / "statistics")
-    with pytest.raises(CheckpointError, match=r"lm_head\.safetensors is missing"):
-        _in_memory(case, statistics=tmp_path / "statistics")
+    model = AutoQForCausalLM(case.model())
+    with pytest.raises(ConfigError, match="were collected without lm_head"):
+        _quantize(model, statistics=tmp_path / "statistics")
+    _quantize(model, {"group_size": 32})  # nothing was begun
+
+
+def test_kept_statistics_are_neither_mixed_nor_written_over(tmp_path: Path) -> None:
+    case = variant("llama")
+    kept = tmp_path / "statistics"
+    _in_memory(case, statistics=kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    _in_memory(case, settings={**SETTINGS, "effort": "best"}, calib_data=samples(20, seed=4), statistics=kept)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    # A run that was begun without keeping them cannot keep those of the blocks it has done.
+    _in_memory(case, work_dir=tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"begun without statistics=.*, which lacks block-00000"):
+        _in_memory(case, work_dir=tmp_path / "work", statistics=tmp_path / "new")
+    # What a stopped run left is of its own data only.
+    content = json.loads((kept / "statistics.json").read_text())
+    (kept / "statistics.json").write_text(json.dumps({**content, "names": []}))
+    with pytest.raises(ConfigError, match="holds a part of the statistics of other calibration data"):
+        _in_memory(case, calib_data=samples(20, seed=4), statistics=kept)
+    earlier = load_file(kept / "block-00001.safetensors")
+    _in_memory(case, statistics=kept)
+    _assert_same(load_file(kept / "block-00001.safetensors"), earlier)
+
+
+def test_places_that_cannot_be_written_are_known_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, path in (("awq_cache", "file/cache.pt"), ("statistics", "file/statistics"), ("work_dir", "file/work")):
+        model = AutoQForCausalLM(variant("llama").model())
+        with pytest.raises(AutoQError, match="file"):
+            _quantize(model, **{name: tmp_path / path})
+        model(samples(1)[0][None])  # still a model
+    with pytest.raises(ConfigError, match="work_dir is 5; it should be a path"):
+        _quantize(model, work_dir=5)
+
+
+def test_a_disk_that_fills_up_is_a_sentence_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    case = variant("llama")
+    expected = _saved(_in_memory(case), tmp_path / "expected")
+    save, count = workspace.save_file, 0
+
+    def fills(*arguments: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(workspace, "save_file", fills)
+    with pytest.raises(CheckpointError, match=r"block-00001\.safetensors could not be written .*No space left"):
+        _in_memory(case, work_dir=tmp_path / "work")
+    monkeypatch.undo()
+    assert not list((tmp_path / "work").glob(".*"))
+    _assert_same(_saved(_in_memory(case, work_dir=tmp_path / "work"), tmp_path / "found"), expected)
+
+
+@pytest.mark.parametrize("value", [0, -5, True, "128", None, 1.5])
+def test_numbers_of_samples_are_checked(value: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"max_calib_samples is .*; it should be a number of at least 1"):
+        _in_memory(variant("llama"), max_calib_samples=value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_the_same_from_the_disk(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tables that are computed, not stored, too."""
+    case = variant("gptj")
+    case.model().to(dtype).save_pretrained(tmp_path / "model")
+    prompt = samples(1)[0][None]
+    found = AutoQForCausalLM.from_pretrained(tmp_path / "model", device_map="disk")
+    expected = AutoQForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(found(prompt).logits, expected(prompt).logits)
+
+
+def test_a_relative_path_survives_a_change_of_directory(tmp_path: Path, monkeypatch: Any) -> None:
+    case = variant("llama")
+    case.model().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = AutoQForCausalLM.from_pretrained("model", device_map="disk")
+    _quantize(model, work_dir="work")
+    monkeypatch.chdir("/")
+    model(samples(1)[0][None])
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "opt-gelu", "falcon-multi-query"])
@@ -401,6 +483,25 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_awq_cache(tmp_path / "cache.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_search_results_of_another_family_are_refused(tmp_path: Path) -> None:
+    _in_memory(variant("opt"), awq_cache=tmp_path / "cache.pt")
+    with pytest.raises(QuantizationError, match=r"holds a scale for model\.decoder.* of another model"):
+        _in_memory(variant("llama"), awq_cache=tmp_path / "cache.pt")
+    _in_memory(variant("llama"), awq_cache=tmp_path / "llama.pt")
+    content = torch.load(tmp_path / "llama.pt", weights_only=True)
+    expected = _saved(_in_memory(variant("llama"), awq_cache=tmp_path / "llama.pt"), tmp_path / "expected")
+    turned = [(prev, linears[::-1], scale) for prev, linears, scale in content["scale"]]
+    torch.save({**content, "scale": turned}, tmp_path / "turned.pt")
+    found = _in_memory(variant("llama"), awq_cache=tmp_path / "turned.pt")
+    _assert_same(_saved(found, tmp_path / "found"), expected)
+    torch.save({**content, "scale": content["scale"][1:]}, tmp_path / "less.pt")
+    with pytest.warns(UserWarning, match=r"no scale for 1 groups .*model\.layers\.0\.input_layernorm"):
+        _in_memory(variant("llama"), awq_cache=tmp_path / "less.pt")
+    torch.save({**content, "clip": [(name, -clip) for name, clip in content["clip"]]}, tmp_path / "negative.pt")
+    with pytest.raises(QuantizationError, match="not made of finite, positive numbers"):
+        _in_memory(variant("llama"), awq_cache=tmp_path / "negative.pt")
 
 
 def test_search_results_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -537,7 +638,7 @@ def test_processes_share_the_work(count: int, tmp_path: Path) -> None:
 
 
 def test_a_lost_process_leaves_work_that_is_resumed(tmp_path: Path) -> None:
-    expected = _saved(_on_disk(variant("llama"), tmp_path / "model"), tmp_path / "expected")
+    variant("llama").model().save_pretrained(tmp_path / "model")
     work = tmp_path / "work"
     paths = {"model": tmp_path / "model", "work": work, "out": tmp_path / "found"}
     command = _script(tmp_path, **paths)
@@ -555,11 +656,10 @@ def test_a_lost_process_leaves_work_that_is_resumed(tmp_path: Path) -> None:
     assert process.wait() != 0
     assert _together(2, command, tmp_path).returncode == 0
     _assert_same(load_file(tmp_path / "found" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors"))
-    assert expected.keys() == load_file(tmp_path / "found" / "model.safetensors").keys()
 
 
 def test_too_few_samples_for_the_processes_is_a_sentence(monkeypatch: Any) -> None:
     ranks = Ranks()
     ranks.size = 3
-    with pytest.raises(AutoQError, match="2 samples for 3 processes"):
+    with pytest.raises(AutoQError, match="3 processes share the calibration samples, but there are 2"):
         ranks.share(samples(2))

@@ -136,6 +136,10 @@ class Activations:
         self._keywords.append(_shared(keywords, self._keywords[-1]) if self._keywords else keywords)
         return found[0]
 
+    def is_at(self, index: int) -> bool:
+        """Whether there is something that goes through this block next."""
+        return bool(self.batches) and self.states.stage == index
+
     def advance(self, block: nn.Module) -> None:
         """Sends the batches through the next block."""
         device = device_of(block)
@@ -242,13 +246,13 @@ def device_of(module: nn.Module) -> torch.device:
 def _input_hooks(block: nn.Module, leaders: Iterable[str], statistics: dict[str, InputStatistics]) -> Iterator[None]:
     """While open, adds the inputs of the linears named in `leaders` to their statistics."""
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             statistics[name].add(args[0])
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(observe(name)) for name in leaders]
+    handles = [block.get_submodule(name).register_forward_pre_hook(adder(name)) for name in leaders]
     try:
         yield
     finally:
@@ -264,12 +268,15 @@ def leaders_of(block: nn.Module, plan: Plan) -> dict[str, str]:
     return leader_of
 
 
-def observe(block: nn.Module, activations: Activations, plan: Plan) -> dict[str, InputStatistics]:
-    """Sends the activations through the block; returns the statistics of its linears' inputs, by leader."""
+def observe(block: nn.Module, activations: Activations, plan: Plan, alone: bool = False) -> dict[str, InputStatistics]:
+    """Sends the activations through the block; returns the statistics of its linears' inputs, by leader.
+
+    alone: nothing else is computed in this process meanwhile.
+    """
     device = device_of(block)
     widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
     leaders = dict.fromkeys(leaders_of(block, plan).values())
-    statistics = {leader: InputStatistics(widths[leader], device) for leader in leaders}
+    statistics = {leader: InputStatistics(widths[leader], device, alone) for leader in leaders}
     with _input_hooks(block, statistics, statistics):
         activations.advance(block)
     return statistics

@@ -6,16 +6,18 @@ A dict: "scale" holds tuples of the operation that divides, the linears that are
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from autoq.errors import CheckpointError
+from autoq.config import LM_HEAD
+from autoq.errors import CheckpointError, QuantizationError
+from autoq.quantization.plan import Plan
 from autoq.quantization.search import SearchResults
+from autoq.quantization.workspace import write_whole
 
 
 def write_awq_cache(path: Path, results: SearchResults) -> None:
@@ -24,15 +26,58 @@ def write_awq_cache(path: Path, results: SearchResults) -> None:
         "scale": [(prev, linears, scale.cpu()) for (prev, linears), scale in results.scales.items()],
         "clip": [(linear, ranges.cpu()) for linear, ranges in results.clips.items()],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda partial: torch.save(content, partial))
+
+
+def check_writable(path: Path) -> None:
+    """Raises CheckpointError if a file cannot be written there, before anything has been worked out that should be."""
+    write_whole(path, lambda partial: partial.touch())
+    path.unlink()
+
+
+def fit_to_model(results: SearchResults, plan: Plan, blocks: int, path: Path) -> SearchResults:
+    """The results by the names this plan uses (their linears may be in any order), of the groups it has.
+
+    Raises QuantizationError for a name that the model does not have, or a clip that is none; warns of what is missing.
+    """
+    known: dict[tuple[str, frozenset[str]], tuple[str, tuple[str, ...]]] = {}
+    used = set()
+    groups = plan.architecture.groups(plan.model_config, scale_activations=True)
+    for prefix in map(plan.block_name, range(blocks)):
+        for group in groups:
+            names = f"{prefix}.{group.prev}", tuple(f"{prefix}.{leaf}" for leaf in group.linears)
+            known[names[0], frozenset(names[1])] = names
+            if group in plan.groups:
+                used.add(names)
+    fitted = SearchResults()
+    for (prev, linears), scale in results.scales.items():
+        found = known.get((prev, frozenset(linears)))
+        if found is None:
+            raise QuantizationError(
+                f"{path} holds a scale for {prev} and {linears[0] if linears else 'no linear'}, which are no such "
+                "group of this model; it is of another model"
+            )
+        if found not in used:
+            raise QuantizationError(
+                f"{path} holds a scale for {prev}, which these settings leave unscaled; quantize with "
+                "apply_scale=True, and with scale_activations=True if it is an activation"
+            )
+        fitted.scales[found] = scale
+    for linear, ranges in results.clips.items():
+        if linear == LM_HEAD and linear not in plan.in_features:
+            continue  # the head stays as it is this time
+        if linear not in plan.in_features:
+            raise QuantizationError(f"{path} holds a clip for {linear}, which this model does not have")
+        if not bool((torch.isfinite(ranges) & (ranges >= 0)).all()):
+            raise QuantizationError(f"{path} holds a clip for {linear} that is not made of finite, positive numbers")
+        fitted.clips[linear] = ranges
+    missing = sorted(prev for prev, _ in used - set(fitted.scales))
+    if missing:
+        warnings.warn(
+            f"{path} has no scale for {len(missing)} groups that could have one ({missing[0]}); they stay unscaled",
+            stacklevel=5,
+        )
+    return fitted
 
 
 def read_awq_cache(path: Path) -> SearchResults:

@@ -21,8 +21,8 @@ from autoq.errors import ConfigError
 from autoq.nn.spread import is_offloaded
 from autoq.placement import megabytes, parts_of
 from autoq.quantization.activations import leaders_of
-from autoq.quantization.held_out import HELD_OUT_BATCH_TOKENS
 from autoq.quantization.plan import Plan
+from autoq.quantization.streams import HELD_OUT_BATCH_TOKENS
 from autoq.quantization.tuning import STEPS
 
 # Beside what is counted: what libraries allocate for themselves, and what the allocator does not give back.

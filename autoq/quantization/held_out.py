@@ -1,76 +1,58 @@
 """A gate: how far the quantized model's predictions are from the full-precision one's, on text it was not fitted to.
 
-Samples that took no part in the calibration go through every block twice, as it was and quantized, while the blocks are
-walked; so it needs neither both models at once nor another pass over the weights.
+Samples that took no part in the calibration went through every block twice, as it was and quantized, while the blocks
+were walked; so it needs neither both models at once nor another pass over the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD
 from autoq.evaluation.divergence import divergence_of_logits
 from autoq.evaluation.perplexity import negative_log_likelihood, perplexity_of_mean
 from autoq.nn.linear import replace_module
-from autoq.quantization.activations import Activations, after_blocks
+from autoq.quantization.activations import after_blocks
 from autoq.quantization.plan import Plan
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import HeldOutReport
-
-# Both models' logits for a batch are in memory at once, and vocabularies are large.
-HELD_OUT_BATCH_TOKENS = 1024
+from autoq.quantization.streams import Streams
 
 
-class HeldOut:
-    """Held-out samples on their way through the blocks, `full` and `quantized`."""
+def compare_held_out(
+    model: PreTrainedModel, plan: Plan, streams: Streams, head: nn.Module | None, ranks: Ranks, source: str
+) -> HeldOutReport:
+    """What the last block's outputs say, through the head; `head` is the quantized one, if there is one.
 
-    def __init__(
-        self, model: PreTrainedModel, plan: Plan, samples: Sequence[Tensor], folder: Path | None, resume_at: int
-    ) -> None:
-        def start(name: str) -> Activations:
-            kept = None if folder is None else folder / name
-            return Activations(model, plan, samples, kept, resume_at, HELD_OUT_BATCH_TOKENS)
-
-        self.full = start("held-out")
-        self.quantized = start("held-out-quantized")
-
-    def compare(
-        self, model: PreTrainedModel, plan: Plan, head: nn.Module | None, ranks: Ranks, source: str
-    ) -> HeldOutReport:
-        """What the last block's outputs say, through the head; `head` is the quantized one, if there is one.
-
-        Raises nothing where predictions are NaN: then the figures are.
-        """
-        tokens = predictions = agreeing = 0
-        full = quantized = divergence = 0.0
-        for number, batch in enumerate(self.full.batches):
-            expected = after_blocks(model, plan, self.full.states.read(number), batch)
-            own = model.get_submodule(LM_HEAD)
-            if head is not None:
-                replace_module(model, LM_HEAD, head)
-            try:
-                found = after_blocks(model, plan, self.quantized.states.read(number), batch).to(expected.device)
-            finally:
-                replace_module(model, LM_HEAD, own)
-            full += negative_log_likelihood(expected, batch)
-            quantized += negative_log_likelihood(found, batch)
-            batch_divergence, batch_agreeing = divergence_of_logits(expected.flatten(0, 1), found.flatten(0, 1))
-            divergence += batch_divergence
-            agreeing += batch_agreeing
-            tokens += batch.numel()
-            predictions += batch.numel() - len(batch)
-        full, quantized, divergence, all_agreeing, all_tokens, all_predictions = ranks.sum(
-            [full, quantized, divergence, agreeing, tokens, predictions]
-        )
-        return HeldOutReport(
-            source=source,
-            tokens=int(all_tokens),
-            perplexity_before=perplexity_of_mean(full / max(all_predictions, 1)),
-            perplexity_after=perplexity_of_mean(quantized / max(all_predictions, 1)),
-            kl_divergence=divergence / all_tokens,
-            top1_agreement=all_agreeing / all_tokens,
-        )
+    Raises nothing where predictions are NaN: then the figures are.
+    """
+    tokens = predictions = agreeing = 0
+    full = quantized = divergence = 0.0
+    for number, batch in enumerate(streams.held_out.batches):
+        expected = after_blocks(model, plan, streams.held_out.states.read(number), batch)
+        own = model.get_submodule(LM_HEAD)
+        if head is not None:
+            replace_module(model, LM_HEAD, head)
+        try:
+            found = after_blocks(model, plan, streams.held_out_quantized.states.read(number), batch).to(expected.device)
+        finally:
+            replace_module(model, LM_HEAD, own)
+        full += negative_log_likelihood(expected, batch)
+        quantized += negative_log_likelihood(found, batch)
+        batch_divergence, batch_agreeing = divergence_of_logits(expected.flatten(0, 1), found.flatten(0, 1))
+        divergence += batch_divergence
+        agreeing += batch_agreeing
+        tokens += batch.numel()
+        predictions += batch.numel() - len(batch)
+    full, quantized, divergence, all_agreeing, all_tokens, all_predictions = ranks.sum(
+        [full, quantized, divergence, agreeing, tokens, predictions]
+    )
+    return HeldOutReport(
+        source=source,
+        tokens=int(all_tokens),
+        perplexity_before=perplexity_of_mean(full / max(all_predictions, 1)),
+        perplexity_after=perplexity_of_mean(quantized / max(all_predictions, 1)),
+        kl_divergence=divergence / all_tokens,
+        top1_agreement=all_agreeing / all_tokens,
+    )

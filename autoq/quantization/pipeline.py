@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,30 +21,27 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD, QuantConfig
-from autoq.errors import QuantizationError
+from autoq.errors import AutoQError, ConfigError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import bring, fetch_from_disk, is_offloaded
-from autoq.quantization import tuning
 from autoq.quantization.activations import (
-    Activations,
     check_statistics,
     device_of,
     observe,
     observe_head,
 )
 from autoq.quantization.allocation import allocate_bits
-from autoq.quantization.awq_cache import read_awq_cache, write_awq_cache
+from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
 from autoq.quantization.budget import settle_memory
 from autoq.quantization.calibration import CalibrationSet
-from autoq.quantization.held_out import HeldOut
+from autoq.quantization.held_out import compare_held_out
 from autoq.quantization.plan import Plan, head_of
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport, QuantizationReport
 from autoq.quantization.search import (
     BlockResult,
     LinearWork,
-    Probe,
     ScaledInputs,
     SearchResults,
     quantize_block,
@@ -54,12 +51,12 @@ from autoq.quantization.search import (
 )
 from autoq.quantization.sensitivity import measure_sensitivities
 from autoq.quantization.statistics import InputStatistics
+from autoq.quantization.streams import Streams
 from autoq.quantization.workspace import (
     StatisticsStore,
     Workspace,
     fingerprint_of_model,
     fingerprint_of_samples,
-    write_json,
 )
 
 # Tokens whose outputs are compared before and after scales are folded.
@@ -129,81 +126,111 @@ class Quantizer:
         self.ranks = Ranks()
         self.search = SearchResults()
         self.blocks = plan.architecture.decoder_blocks(model)
-        self.known = read_awq_cache(run.awq_cache) if run.awq_cache is not None and run.awq_cache.exists() else None
-        self.store: StatisticsStore | None = None
-        identity = fingerprint_of_model(model) if run.work_dir or run.statistics else ""
-        if run.statistics is not None:
-            self.store = StatisticsStore(run.statistics, identity)
+        if is_offloaded(self.blocks) and self.ranks.size > 1 and run.work_dir is None:
+            raise ConfigError("several processes quantize a model on the disk; give them one work_dir for the result")
+        held_out: Sequence[Tensor] = () if run.held_out is None else run.held_out.samples
+        own = 1 / self.ranks.size
+        identity = {
+            "model": fingerprint_of_model(model) if run.work_dir or run.statistics else "",
+            "samples": fingerprint_of_samples(calibration.samples),
+            "calibration": calibration.describe(),
+            "tokens": calibration.tokens,
+        }
+        self.store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
         # Tuning wants the samples themselves.
         self.collects = plan.tunes or self.store is None or not self.store.is_complete
-        held_out = () if run.held_out is None else run.held_out.samples
-        own = 1 / self.ranks.size
         spills = settle_memory(
             self.model,
             plan,
-            int(own * self.calibration.tokens) if self.collects else 0,
+            int(own * calibration.tokens) if self.collects else 0,
             int(own * sum(len(sample) for sample in held_out)),
             max_memory=run.max_memory,
             work_dir=run.work_dir,
             shows=run.progress and self.ranks.is_first,
         )
-        self.workspace, folder = self._open_workspace(identity, spills)
+        error: Exception | None = None
+        self.known: SearchResults | None = None
+        self.done = 0
+        keeps = run.work_dir is not None or spills
+        self.workspace = Workspace(self._work_dir()) if keeps or is_offloaded(self.blocks) else None
+        try:
+            self._admit(identity)
+        except AutoQError as raised:
+            error = raised
+        self.ranks.agree(error, 0)
+        self.known = self.ranks.tell(self.known)
+        self.done = self.ranks.tell(self.done)
+        if self.done and run.progress and self.ranks.is_first:
+            print(f"{self.done} of {len(self.blocks)} blocks are done in {run.work_dir}; going on from there")
         if config.target_bits is not None:
             self.plan = plan = self._mix(config.target_bits)
-        done = 0 if self.workspace is None else self.workspace.finished(len(self.blocks))
-        self.done = self.ranks.tell(done)
+        folder = None
+        if self.workspace is not None and keeps:
+            folder = self.workspace.activations_path(self.ranks.rank, self.ranks.size)
+        calibrating = self.ranks.share(calibration.samples) if self.collects else ()
+        probe = calibration.samples[0][:_PROBE_TOKENS]
+        held_out = self.ranks.share(held_out, "held-out") if held_out else ()
+        self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done)
 
-        def activations(samples: Sequence[Tensor], name: str) -> Activations:
-            return Activations(self.model, plan, samples, None if folder is None else folder / name, self.done)
+    def _work_dir(self) -> Path:
+        """The directory of the run; one that goes with the model if the user gave none."""
+        if self.run.work_dir is not None:
+            return self.run.work_dir
+        directory = Path(self.ranks.tell(tempfile.mkdtemp(prefix="autoq-") if self.ranks.is_first else ""))
+        if self.ranks.is_first:
+            weakref.finalize(self.model, rmtree, directory, ignore_errors=True)
+        return directory
 
-        calibrating = self.ranks.share(self.calibration.samples) if self.collects else ()
-        self.activations = activations(calibrating, "calibration")
-        self.quantized = activations(calibrating if plan.tunes else (), "calibration-quantized")
-        self.probe = activations([self.calibration.samples[0][:_PROBE_TOKENS]], "probe")
-        self.held_out: HeldOut | None = None
-        if held_out:
-            self.held_out = HeldOut(self.model, plan, self.ranks.share(held_out), folder, self.done)
+    def _admit(self, identity: Mapping[str, Any]) -> None:
+        """Opens what the first process reads and writes; raises what would otherwise end the run after hours."""
+        if not self.ranks.is_first:
+            return
+        run, store = self.run, self.store
+        digest = None
+        if run.awq_cache is not None and run.awq_cache.exists():
+            results = read_awq_cache(run.awq_cache)
+            self.known = fit_to_model(results, self.plan, len(self.blocks), run.awq_cache)
+            digest = hashlib.sha256(run.awq_cache.read_bytes()).hexdigest()
+        elif run.awq_cache is not None:
+            check_writable(run.awq_cache)
+        if self.workspace is not None:
+            settings = {f"the setting {name}": value for name, value in asdict(self.plan.config).items()}
+            settings["model"] = identity["model"]
+            samples = {"calibration samples": identity["samples"], "held-out samples": None}
+            if run.held_out is not None:
+                samples["held-out samples"] = fingerprint_of_samples(run.held_out.samples)
+            used = {"statistics collected earlier": not self.collects, "search results": digest}
+            self.workspace.open(len(self.blocks), {**settings, **samples}, used, self.ranks.size)
+            self.done = self.workspace.finished(len(self.blocks))
+        if store is None:
+            return
+        if not store.is_complete:
+            store.begin()
+            lacking = [name for name in map(_block_file, range(self.done)) if not store.has(name)]
+            if lacking:
+                raise ConfigError(
+                    f"the run in {run.work_dir} was begun without statistics={str(run.statistics)!r}, which lacks "
+                    f"{lacking[0]}; leave statistics out, or begin anew with another work_dir"
+                )
+        elif LM_HEAD in self.plan.group_sizes and LM_HEAD not in store.names:
+            raise ConfigError(
+                f"the statistics in {run.statistics} were collected without {LM_HEAD}; leave lm_head_bits out, or give "
+                "another directory to collect them again"
+            )
 
     def _mix(self, target_bits: float) -> Plan:
         """The plan with the widths that a mean leaves room for; measured once in a run."""
-        sensitivities: dict[str, dict[int, float]] = {}
-        kept = None if self.workspace is None else self.workspace.sensitivities_path
-        if self.ranks.is_first:
-            if kept is not None and kept.is_file():
-                stored = json.loads(kept.read_text(encoding="utf-8"))
-                sensitivities = {name: {int(bits): e for bits, e in widths.items()} for name, widths in stored.items()}
-            else:
-                samples = [sample[:_PROBE_TOKENS] for sample in self.calibration.samples[:_SENSITIVITY_SAMPLES]]
-                sensitivities = measure_sensitivities(self.model, self.plan, samples, self.run.progress)
-                if kept is not None:
-                    write_json(kept, sensitivities)
-        sensitivities = self.ranks.tell(sensitivities)
+        kept = None if self.workspace is None or not self.ranks.is_first else self.workspace.load_sensitivities()
+        kept = self.ranks.tell(kept)
+        if kept is None:
+            # Every process measures: it waits no longer than for one of them, and all get the same.
+            samples = [sample[:_PROBE_TOKENS] for sample in self.calibration.samples[:_SENSITIVITY_SAMPLES]]
+            kept = measure_sensitivities(self.model, self.plan, samples, self.run.progress and self.ranks.is_first)
+            if self.workspace is not None and self.ranks.is_first:
+                self.workspace.save_sensitivities(kept)
+        sensitivities = self.ranks.tell(kept)
         sizes = {name: spec.out_features * spec.in_features for name, spec in self.plan.specs.items()}
         return self.plan.with_bits(self.model, allocate_bits(sensitivities, sizes, target_bits))
-
-    def _open_workspace(self, model: str, spills: bool) -> tuple[Workspace | None, Path | None]:
-        """Where results are kept, and where hidden states are, if not in memory."""
-        directory = self.run.work_dir
-        if directory is None:
-            if not spills and not is_offloaded(self.blocks):
-                return None, None
-            directory = Path(self.ranks.tell(tempfile.mkdtemp(prefix="autoq-") if self.ranks.is_first else ""))
-            if self.ranks.is_first:
-                weakref.finalize(self.model, rmtree, directory, ignore_errors=True)
-        held_out = self.run.held_out
-        identity = {
-            "settings": asdict(self.plan.config),
-            "model": model,
-            "calibration samples": fingerprint_of_samples(self.calibration.samples),
-            "held-out samples": None if held_out is None else fingerprint_of_samples(held_out.samples),
-        }
-        used = {
-            "statistics collected earlier": not self.collects,
-            "search results": None if self.known is None else fingerprint_of_samples(list(self.known.scales.values())),
-        }
-        workspace = Workspace(directory, len(self.blocks), identity, used)
-        keeps = self.run.work_dir is not None or spills
-        return workspace, directory / f"activations-{self.ranks.rank}-of-{self.ranks.size}" if keeps else None
 
     @torch.no_grad()
     def quantize(self) -> tuple[QuantConfig, QuantizationReport]:
@@ -223,7 +250,7 @@ class Quantizer:
     def _walk(self) -> QuantizationReport:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
         or processes, a block is observed while those before it are searched."""
-        report = QuantizationReport(self._describe(), self._tokens())
+        report = QuantizationReport(self.description, self._tokens())
         # A block that is tuned waits for what the one before gives.
         width = 1 if self.plan.tunes else max(len(self.run.devices), self.ranks.size)
         pending: list[_Search] = []
@@ -241,19 +268,19 @@ class Quantizer:
             while pending:
                 report.linears += self._settle(pending, bar)
         head = self._quantize_head(report) if LM_HEAD in self.plan.group_sizes else None
-        if self.held_out is not None and self.run.held_out is not None:
+        if self.run.held_out is not None:
             source = self.run.held_out.source
-            report.held_out = self.held_out.compare(self.model, self.plan, head, self.ranks, source)
+            report.held_out = compare_held_out(self.model, self.plan, self.streams, head, self.ranks, source)
         if head is not None:
             replace_module(self.model, LM_HEAD, head)
             self.model.config.tie_word_embeddings = False
         self._keep_findings()
         return report
 
-    def _describe(self) -> str:
-        if self.collects or self.store is None:
-            return self.calibration.describe()
-        return f"{self.store.description} (statistics collected earlier)"
+    @property
+    def description(self) -> str:
+        """One line about the data that guides the search."""
+        return self.calibration.describe() if self.collects or self.store is None else self.store.description
 
     def _tokens(self) -> int:
         return self.calibration.tokens if self.collects or self.store is None else self.store.tokens
@@ -264,59 +291,46 @@ class Quantizer:
         owner = index % self.ranks.size
         offloaded = is_offloaded(block)
         done = index < self.done
-        if done and self._all_are_past(index):
-            return _Search(index, block, device_of(block), offloaded, 0, None)
+        home = device_of(block)
+        if done and self.streams.are_past(index):
+            return _Search(index, block, home, offloaded, 0, None)
         if offloaded:
             bring(block, prefix)
-        home = device_of(block)
         devices = self.run.devices
-        if devices:
-            block.to(devices[index % len(devices)])
-        device = device_of(block)
+        device = devices[index % len(devices)] if devices else home
+        if device_of(block) != device:
+            block.to(device)
+        probe = self.streams.probe_of(index, device)
         statistics: dict[str, InputStatistics] = {}
-        if self.activations.states.stage == index and self.activations.batches:
-            if done:
-                self.activations.advance(block)
-            else:
-                statistics = self._observe(index, block, owner)
-        probe = None
-        if self.probe.states.stage == index:
-            probe = Probe(self.probe.states.read(0).to(device), self.probe.keywords(0, device))
-            self.probe.advance(block)
-        if self.held_out is not None and self.held_out.full.states.stage == index:
-            self.held_out.full.advance(block)
+        if not done and self.streams.calibration.batches:
+            statistics = self._observe(index, block, owner)
+        self.streams.through_full(index, block)
         if done:
             return _Search(index, block, home, offloaded, 0, None)
 
         def work() -> BlockResult:
             with torch.no_grad():  # which every thread decides for itself
-                found = (
-                    statistics if self.collects or self.store is None else self.store.load(f"block-{index:05d}", device)
-                )
+                found = statistics
+                if self.store is not None and not self.collects:
+                    found = self.store.load(_block_file(index), device)
                 check_statistics(found, f"{prefix}.")
-                batches = _TuningBatches(self.quantized, self.activations) if self.plan.tunes else ()
+                batches = self.streams.tuning_batches() if self.plan.tunes else ()
                 return quantize_block(block, prefix, found, self.plan, probe, self.known, batches)
 
         several = len(devices) > 1
         start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
         return _Search(index, block, home, offloaded, owner, start if owner == self.ranks.rank else None)
 
-    def _all_are_past(self, index: int) -> bool:
-        """Whether nothing has to go through this block any more: it was done in an earlier run."""
-        streams = [self.activations, self.probe]
-        if self.held_out is not None:
-            streams += [self.held_out.full]
-        return all(not stream.batches or stream.states.stage > index for stream in streams)
-
     def _observe(self, index: int, block: nn.Module, owner: int) -> dict[str, InputStatistics]:
-        statistics = observe(block, self.activations, self.plan)
+        alone = len(self.run.devices) <= 1
+        statistics = observe(block, self.streams.calibration, self.plan, alone)
         self.ranks.gather(statistics, owner)
         if self.ranks.rank != owner:
             return {}
-        if self.store is not None:
+        if self.store is not None and not self.store.is_complete:
             for entry in statistics.values():
                 entry.finish()
-            self.store.save(f"block-{index:05d}", statistics)
+            self.store.save(_block_file(index), statistics)
         return statistics
 
     def _settle(self, pending: list[_Search], bar: Any) -> list[LinearReport]:
@@ -343,7 +357,7 @@ class Quantizer:
                 if search.future is not None:
                     result = search.future.result()
                     tensors = dict(block.state_dict())
-            except QuantizationError as raised:
+            except Exception as raised:  # whatever it is, the other processes wait to hear of it
                 error = raised
             self.ranks.agree(error, search.owner)
         elif self.workspace is not None and self.ranks.is_first:
@@ -357,16 +371,13 @@ class Quantizer:
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
             self.workspace.save_block(index, tensors, result)
         self.search.update(result.search)
-        quantized = [self.quantized, *([] if self.held_out is None else [self.held_out.quantized])]
-        for stream in quantized:
-            if stream.batches and stream.states.stage == index:
-                stream.advance(block)
+        self.streams.through_quantized(index, block)
         if search.offloaded and self.workspace is not None:
             loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
             fetch_from_disk(self.model, prefix, loader, search.home)
         elif device_of(block) != search.home:
             block.to(search.home)
-        self._forget(index + 1)
+        self.streams.forget(index + 1)
         return result.reports
 
     def _restore(self, block: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
@@ -383,14 +394,6 @@ class Quantizer:
                 replace_module(block, group.prev, act)
         block.load_state_dict(tensors, strict=True, assign=True)
 
-    def _forget(self, index: int) -> None:
-        """Deletes the inputs of blocks before one that a stopped run would not go back to."""
-        streams = [self.activations, self.quantized, self.probe]
-        if self.held_out is not None:
-            streams += [self.held_out.full, self.held_out.quantized]
-        for stream in streams:
-            stream.states.forget(index)
-
     def _quantize_head(self, report: QuantizationReport) -> QuantLinear:
         """The output head, quantized with what the blocks made of the calibration data as its inputs.
 
@@ -404,9 +407,9 @@ class Quantizer:
         work.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
         work.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(device), requires_grad=False)
         if self.collects or self.store is None:
-            statistics = observe_head(self.model, head, self.activations, self.plan, device)
+            statistics = observe_head(self.model, head, self.streams.calibration, self.plan, device)
             self.ranks.gather({LM_HEAD: statistics}, 0)
-            if self.store is not None and self.ranks.is_first:
+            if self.store is not None and not self.store.is_complete and self.ranks.is_first:
                 self.store.save(LM_HEAD, {LM_HEAD: statistics.finish()})
         else:
             statistics = self.store.load(LM_HEAD, device)[LM_HEAD]
@@ -421,7 +424,7 @@ class Quantizer:
                 weight, clipped = round_linear(item, inputs, self.plan, self.known, self.search)
                 line = report_of(item, weight, clipped, inputs, self.plan)
                 tensors = dict(quantized_linear(item, weight).state_dict())
-            except QuantizationError as raised:
+            except Exception as raised:  # as for a block
                 error = raised
         self.ranks.agree(error, 0)
         line = self.ranks.tell(line)
@@ -438,31 +441,20 @@ class Quantizer:
             return
         if self.run.awq_cache is not None and self.known is None:
             write_awq_cache(self.run.awq_cache, self.search)
-        if self.store is not None and self.collects:
-            names = [f"block-{index:05d}" for index in range(len(self.blocks))]
-            names += [LM_HEAD] if LM_HEAD in self.plan.group_sizes else []
-            self.store.finish(names, self.calibration.describe(), self.calibration.tokens)
+        if self.store is not None and not self.store.is_complete:
+            names = [_block_file(index) for index in range(len(self.blocks))]
+            self.store.finish(names + ([LM_HEAD] if LM_HEAD in self.plan.group_sizes else []))
 
 
-class _TuningBatches(Sequence[tuning.Batch]):
-    """What a block is tuned on: it gets what the quantized blocks before it give, and should give what the
-    full-precision blocks, this one among them, gave. Read when they are used."""
-
-    def __init__(self, quantized: Activations, full: Activations) -> None:
-        self._quantized, self._full = quantized, full
-
-    def __len__(self) -> int:
-        return len(self._quantized.batches)
-
-    def __getitem__(self, number: Any) -> Any:
-        inputs = self._quantized.states.read(number)
-        return tuning.Batch(inputs, self._full.states.read(number), self._quantized.keywords(number, inputs.device))
+def _block_file(index: int) -> str:
+    """What statistics of a block are kept under."""
+    return f"block-{index:05d}"
 
 
 def _at_once(work: Callable[[], BlockResult]) -> Future[BlockResult]:
     done: Future[BlockResult] = Future()
     try:
         done.set_result(work())
-    except QuantizationError as error:
+    except Exception as error:  # as a thread's Future would keep it
         done.set_exception(error)
     return done

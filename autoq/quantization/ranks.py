@@ -6,6 +6,8 @@ a block is searched; what became of the block goes to all.
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -34,11 +36,12 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, samples: Sequence[Tensor]) -> Sequence[Tensor]:
+    def share(self, samples: Sequence[Tensor], what: str = "calibration") -> Sequence[Tensor]:
         """This process's part of the samples."""
         if len(samples) < self.size:
             raise CalibrationError(
-                f"there are {len(samples)} samples for {self.size} processes; give each at least one, or start fewer"
+                f"{self.size} processes share the {what} samples, but there are {len(samples)}; give at least one for "
+                "each, or start fewer processes"
             )
         return samples[self.rank :: self.size]
 
@@ -47,7 +50,7 @@ class Ranks:
         if self.size == 1:
             return
         for entry in statistics.values():
-            tokens = torch.tensor(entry.tokens, dtype=torch.int64, device=entry.gram.device)
+            tokens = torch.tensor(entry.tokens, dtype=torch.int64)
             for tensor in (entry.gram, entry.absolute, tokens):
                 dist.reduce(tensor, owner)
             entry.tokens = int(tokens)
@@ -56,7 +59,7 @@ class Ranks:
         """The sums of numbers over all processes."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=_device())
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return [float(value) for value in total]
 
@@ -76,16 +79,16 @@ class Ranks:
         received = {}
         for name, shape, dtype in specs:
             tensor = tensors[name].contiguous() if self.rank == owner else torch.empty(shape, dtype=dtype)
-            carried = tensor.to(_device())
-            # As bytes: not every backend knows every dtype.
-            flat = carried.flatten().view(torch.uint8) if carried.numel() else carried
-            if flat.numel():
+            if tensor.numel():
+                # As bytes: not every backend knows every dtype.
+                flat = tensor.to("cpu").flatten().view(torch.uint8)
                 dist.broadcast(flat, owner)
-            received[name] = flat.view(dtype).reshape(shape).to(device) if carried.numel() else tensor.to(device)
+                tensor = flat.view(dtype).reshape(shape)
+            received[name] = tensor.to(device)
         return received
 
     def agree(self, error: Exception | None, owner: int) -> None:
-        """Raises in all processes the error that one of them has met, so that none waits for it."""
+        """Raises in all processes the error that one of them has met, so that none waits for the others."""
         if self.size > 1:
             message = self.tell(None if error is None else str(error), owner)
             if message is not None and error is None:
@@ -94,19 +97,19 @@ class Ranks:
             raise error
 
 
-def _device() -> torch.device:
-    """Where the backend takes tensors from."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def join_torchrun() -> None:
-    """Joins the processes that `torchrun` started, unless somebody has: over NCCL with a GPU each, else gloo."""
+    """Joins the processes that `torchrun` started, unless somebody has: gloo, and NCCL for GPUs if each has one."""
     if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
         return
-    local = dist.get_node_local_rank()
-    gpus = torch.cuda.device_count()
-    if gpus > local:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpus > local else "gloo")
+    # The same choice in every process: some may have a GPU where others have none.
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        torch.cuda.set_device(dist.get_node_local_rank())
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    atexit.register(_leave)  # threads that still run at the end of the process would abort it
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ class InputStatistics:
     tokens: number of rows seen.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str = "cpu", alone: bool = False) -> None:
+        """alone: nothing else is computed in this process meanwhile, so that its settings may be changed."""
+        self._alone = alone
         self.gram = torch.zeros(channels, channels, device=device)
         self.absolute = torch.zeros(channels, device=device)
         self.tokens = 0
@@ -54,7 +56,7 @@ class InputStatistics:
         self.tokens += rows.shape[0]
         self.absolute += rows.abs().sum(dim=0)
         channels = rows.T.contiguous()
-        with _products_of(inputs.dtype, rows.device):
+        with _products_of(inputs.dtype, rows.device) if self._alone else nullcontext():
             for start in range(0, len(channels), _PANEL):
                 # Only the blocks on and above the diagonal.
                 self.gram[start : start + _PANEL, start:].addmm_(channels[start : start + _PANEL], rows[:, start:])

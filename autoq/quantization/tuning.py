@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autoq.quantization.weight import QuantizedWeight
+from autoq.quantization.weight import QuantizedWeight, dequantize
 
 # Steps for each block.
 STEPS = 250
@@ -118,12 +118,17 @@ def tune_block(
             loss_of(batches[order.pop()]).backward()
         optimizer.step()
     with torch.no_grad():
+        # Judged is what is kept: scales in fp16, norms and biases in their own dtype.
+        results = {name: weight.result() for name, weight in tuned.items()}
+        matrices = {f"{name}.weight": dequantize(weight) for name, weight in results.items()}
+        kept = {name: value.to(others[name].dtype) for name, value in vectors.items()}
+        final = {**fixed, **{name: value.float() for name, value in kept.items()}, **matrices}
         # Not "after >= before": a loss that is not a number is no gain either.
-        if not sum(float(loss_of(batches[judge])) for judge in judges) < before:
+        if not sum(float(_relative_error(block, final, batches[judge])) for judge in judges) < before:
             return {name: quantized for name, (_, quantized) in weights.items()}
         for name, value in others.items():
-            value.copy_(vectors[name])
-    return {name: weight.result() for name, weight in tuned.items()}
+            value.copy_(kept[name])
+    return results
 
 
 def _root_mean_square(value: Tensor) -> float:

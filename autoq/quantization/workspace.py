@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,25 +31,44 @@ from autoq.quantization.search import BlockResult, SearchResults
 from autoq.quantization.statistics import InputStatistics
 
 _RUN = "run.json"
+_ACTIVATIONS = "activations-"
+_SENSITIVITIES = "sensitivities.json"
 # Evenly spaced elements of each weight that tell one model from another of the same shape.
 _SAMPLED = 64
+_PARTIAL = ".partial"
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has a file written beside its place, flushed to the disk and renamed: all of it is there, or nothing.
+
+    Raises CheckpointError where that fails, as on a full disk.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(
+            f"{path} could not be written ({error}); make room or choose another place. What a run with a work_dir "
+            "had done before is kept"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file; all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, flushed to the disk; all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a safetensors file; all of it or nothing."""
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, partial, metadata=dict(metadata))
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, lambda partial: save_file(on_cpu, partial, metadata=dict(metadata)))
 
 
 def fingerprint_of_model(model: PreTrainedModel) -> str:
@@ -77,40 +98,58 @@ def fingerprint_of_samples(samples: Sequence[Tensor]) -> str:
 class Workspace:
     """The files of a run, in `directory`."""
 
-    def __init__(self, directory: Path, blocks: int, identity: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-        """Opens the directory for a run, or makes it.
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+
+    def open(self, blocks: int, identity: Mapping[str, Any], used: Mapping[str, Any], processes: int) -> None:
+        """Makes the directory, or takes up the run that was stopped there.
 
         blocks: how many the model has. identity: what tells the run from others, as JSON holds it. used: what else
         decides about a block, but not any more once all are done: statistics and search results, which the run itself
-        may have written at its end.
+        may have written at its end. processes: how many share the run; hidden states of another division are of no use.
         Raises ConfigError, naming what differs, if another run's work is there.
         """
-        self.directory = directory
+        directory = self.directory
         identity = json.loads(json.dumps({**identity, **used, "autoq_version": __version__}))
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            path = directory / _RUN
-            if path.is_file():
-                decided = tuple(used) if self.finished(blocks) == blocks else ()
-                _check_identity(directory, json.loads(path.read_text(encoding="utf-8")), identity, decided)
-            elif any(not entry.name.startswith(".") for entry in directory.iterdir()):
-                raise ConfigError(
-                    f"{directory} holds files that are not of a quantization; give work_dir a directory of its own"
-                )
-            else:
-                write_json(path, identity)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
+            entries = list(directory.iterdir())
+        except OSError as error:
             raise ConfigError(f"{directory} cannot be used as the work_dir ({error})") from None
+        path = directory / _RUN
+        if path.is_file():
+            decided = tuple(used) if self.finished(blocks) == blocks else ()
+            _check_identity(directory, path, identity, decided)
+        elif any(not entry.name.startswith(".") for entry in entries):
+            raise ConfigError(
+                f"{directory} holds files that are not of a quantization; give work_dir a directory of its own"
+            )
+        else:
+            write_json(path, identity)
+        for entry in entries:
+            if entry.name.endswith(_PARTIAL):
+                entry.unlink(missing_ok=True)
+            elif entry.name.startswith(_ACTIVATIONS) and not entry.name.endswith(f"-of-{processes}"):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def activations_path(self, rank: int, processes: int) -> Path:
+        """Where a process keeps hidden states."""
+        return self.directory / f"{_ACTIVATIONS}{rank}-of-{processes}"
 
     def block_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"
 
-    @property
-    def sensitivities_path(self) -> Path:
-        """Where it is kept how much each linear matters."""
-        return self.directory / "sensitivities.json"
+    def save_sensitivities(self, sensitivities: Mapping[str, Mapping[int, float]]) -> None:
+        """Keeps how much each linear matters, by width."""
+        write_json(self.directory / _SENSITIVITIES, sensitivities)
+
+    def load_sensitivities(self) -> dict[str, dict[int, float]] | None:
+        """What `save_sensitivities` kept; None if there is nothing that can be read."""
+        try:
+            stored = json.loads((self.directory / _SENSITIVITIES).read_text(encoding="utf-8"))
+            return {name: {int(bits): float(error) for bits, error in of.items()} for name, of in stored.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return None
 
     def finished(self, blocks: int) -> int:
         """How many blocks, from the first on, are done."""
@@ -161,56 +200,77 @@ class Workspace:
         return {f"{prefix}.{name}": {"safetensors_file": file, "weight_name": f"block.{name}"} for name in names}
 
 
-def _check_identity(directory: Path, found: Any, wanted: Mapping[str, Any], ignored: Sequence[str]) -> None:
-    if not isinstance(found, dict):
-        raise ConfigError(f"{directory / _RUN} is damaged; delete {directory} to begin anew")
+def _check_identity(directory: Path, path: Path, wanted: Mapping[str, Any], ignored: Sequence[str]) -> None:
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete {directory} to begin anew") from None
     names = [name for name in {**wanted, **found} if name not in ignored]
     different = [name for name in names if found.get(name) != wanted.get(name)]
     if different:
-        shown = ", ".join(different)
         raise ConfigError(
-            f"{directory} holds the work of another run: {shown} differ. Give another work_dir, or delete this one to "
-            "begin anew"
+            f"{directory} holds the work of another run: {', '.join(different)} differ. Give another work_dir, or "
+            "delete this one to begin anew"
         )
 
 
 class StatisticsStore:
     """The statistics of all blocks of a model, in a directory: for other bits and group sizes without calibrating.
 
-    `statistics.json` comes last and says of which model and data they are; without it the directory is not complete.
+    `statistics.json` says of which model and data they are, from the start, and at the end what is there: until then
+    the directory is not complete.
     """
 
     _FILE = "statistics.json"
 
-    def __init__(self, directory: Path, model: str) -> None:
-        """model: its fingerprint. Raises ConfigError if the directory has another model's statistics."""
-        self.directory = directory
-        self._model = model
-        self.description = ""
-        self.tokens = 0
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        """Opens a directory; `begin` makes it, if it is to be filled.
+
+        identity: "model" and "samples", their fingerprints, and "calibration" and "tokens", what the report says.
+        Raises ConfigError if it holds another model's statistics, or a part of those of other data.
+        """
+        self.directory = directory.absolute()
+        self._identity = dict(identity)
         self.names: list[str] = []
-        path = directory / self._FILE
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                found = content["model"]
-                self.description, self.tokens = str(content["calibration"]), int(content["tokens"])
-                self.names = list(content["names"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({error}); delete {directory} to collect them again"
-                ) from None
-            if found != model:
-                raise ConfigError(f"the statistics in {directory} are of another model; give another directory")
+        path = self.directory / self._FILE
+        if not path.is_file():
+            return
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            self.names = [str(name) for name in found.pop("names")]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete {directory} to collect them again") from None
+        if found.get("model") != identity["model"]:
+            raise ConfigError(f"the statistics in {directory} are of another model; give another directory")
+        if not self.names and found.get("samples") != identity["samples"]:
+            raise ConfigError(
+                f"{directory} holds a part of the statistics of other calibration data; delete it, or give another one"
+            )
+        self._identity = found
 
     @property
     def is_complete(self) -> bool:
         """Whether the statistics of a whole model are there."""
         return bool(self.names)
 
+    @property
+    def description(self) -> str:
+        return f"{self._identity.get('calibration')} (statistics collected earlier)"
+
+    @property
+    def tokens(self) -> int:
+        return int(self._identity.get("tokens", 0))
+
+    def has(self, name: str) -> bool:
+        """Whether the statistics of a block, or of the head, are there."""
+        return self._path(name).is_file()
+
+    def begin(self) -> None:
+        """Says whose statistics are going to be there."""
+        write_json(self.directory / self._FILE, {**self._identity, "names": []})
+
     def save(self, name: str, statistics: Mapping[str, InputStatistics]) -> None:
         """Keeps the statistics of a block, or of the head, by leader."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{leader}.gram": entry.gram for leader, entry in statistics.items()}
         tensors.update({f"{leader}.absolute": entry.absolute for leader, entry in statistics.items()})
         tokens = {leader: str(entry.tokens) for leader, entry in statistics.items()}
@@ -227,15 +287,16 @@ class StatisticsStore:
                         file.get_tensor(f"{leader}.absolute").to(device, copy=True),
                         int(tokens),
                     )
-                    for leader, tokens in file.metadata().items()
+                    for leader, tokens in (file.metadata() or {}).items()
                 }
         except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{path} is missing or damaged ({error}); delete {self.directory}") from None
+            raise CheckpointError(
+                f"{path} is missing or damaged ({error}); delete {self.directory} to collect the statistics again"
+            ) from None
 
-    def finish(self, names: Sequence[str], description: str, tokens: int) -> None:
+    def finish(self, names: Sequence[str]) -> None:
         """Declares the directory complete."""
-        content = {"model": self._model, "calibration": description, "tokens": tokens, "names": list(names)}
-        write_json(self.directory / self._FILE, content)
+        write_json(self.directory / self._FILE, {**self._identity, "names": list(names)})
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
