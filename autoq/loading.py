@@ -208,6 +208,8 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if dtype == torch.float32:
+                return model
             # What is computed is computed in fp32, as in transformers' own loading, whatever the weights' dtype.
             precise = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         stored = model.state_dict().keys()

@@ -151,7 +151,8 @@ class Activations:
 
     def keywords(self, batch: int, device: torch.device) -> dict[str, Any]:
         """What the next block gets beside the hidden states of a batch."""
-        moved: dict[str, Any] = _to_device(self._keywords[batch][self._kinds[self.states.stage]], device)
+        given = self._keywords[batch][self._kinds[self.states.stage]]
+        moved: dict[str, Any] = map_tensors(given, lambda tensor: tensor.to(device))
         return moved
 
 
@@ -224,15 +225,20 @@ def _shared(value: Any, earlier: Any) -> Any:
     return value
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Moves the tensors of keyword arguments (some families pass tuples of them)."""
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """An argument of a block with a function applied to its tensors (some families pass tuples of them)."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_to_device(entry, device) for entry in value)
+        return tuple(map_tensors(entry, function) for entry in value)
     if isinstance(value, dict):
-        return {name: _to_device(entry, device) for name, entry in value.items()}
+        return {name: map_tensors(entry, function) for name, entry in value.items()}
     return value
+
+
+def to_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, if it is of floating point."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def device_of(module: nn.Module) -> torch.device:

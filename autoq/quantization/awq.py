@@ -192,10 +192,26 @@ def search_clip(
     """
     size = weight.shape[1] if group_size == -1 else group_size
     count = weight.shape[1] // size
-    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = diagonal_blocks(gram, count)
     return torch.cat(
         [_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid) for rows in _row_chunks(weight)]
     )
+
+
+def diagonal_blocks(gram: Tensor, count: int) -> Tensor:
+    """The Gram matrices of each of `count` groups of channels, `[groups, size, size]`."""
+    size = gram.shape[0] // count
+    return gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def group_errors(groups: Tensor, clipped: Tensor, gram: Tensor, fake_quantize: FakeQuantize) -> Tensor:
+    """The error of each group's own output, `[rows, groups, 1]`, if what is rounded is the clipped weight.
+
+    groups, clipped: `[rows, groups, size]`; gram: `[groups, size, size]`.
+    """
+    difference = fake_quantize(clipped.reshape(-1, groups.shape[2])).reshape(groups.shape) - groups
+    product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
+    return torch.linalg.vecdot(product, difference).unsqueeze(2)
 
 
 def _search_clip_rows(groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize, grid: Sequence[float]) -> Tensor:
@@ -206,9 +222,7 @@ def _search_clip_rows(groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize,
     for share in grid:
         limit = largest * share
         clipped = groups.clamp(-limit, limit)
-        difference = fake_quantize(clipped.reshape(-1, groups.shape[2])).reshape(groups.shape) - groups
-        product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
-        error = torch.linalg.vecdot(product, difference).unsqueeze(2)
+        error = group_errors(groups, clipped, gram, fake_quantize)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_range = torch.where(better, limit, best_range)

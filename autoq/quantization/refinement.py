@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoq.quantization.awq import FakeQuantize
+from autoq.quantization.awq import FakeQuantize, diagonal_blocks, group_errors
 from autoq.quantization.weight import QuantizedWeight, dequantize, nearest_codes
 
 # Where an end of the range is tried, as shares of where it is.
@@ -57,8 +57,7 @@ def search_range(
     grid: shares of an end's place to try.
     """
     groups = weight.reshape(*limits.shape[:2], -1)
-    count, size = groups.shape[1:]
-    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = diagonal_blocks(gram, groups.shape[1])
     rows = max(1, _CHUNK // weight.shape[1])
     found = [
         _search_rows(part, blocks, fake_quantize, limit, grid)
@@ -73,10 +72,7 @@ def _search_rows(
     """groups: `[rows, groups, size]`; gram: `[groups, size, size]`."""
 
     def error(tried: Ranges) -> Tensor:
-        rounded = fake_quantize(groups.clamp(tried.low, tried.high).reshape(-1, groups.shape[2]))
-        difference = rounded.reshape(groups.shape) - groups
-        product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
-        return torch.linalg.vecdot(product, difference).unsqueeze(2)
+        return group_errors(groups, groups.clamp(tried.low, tried.high), gram, fake_quantize)
 
     # A range beyond the weights rounds as the one that ends with them.
     whole = Ranges(groups.amin(dim=2, keepdim=True).clamp(max=0), groups.amax(dim=2, keepdim=True).clamp(min=0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +17,7 @@ from autoq.errors import QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.quantization import awq, refinement, tuning
-from autoq.quantization.activations import leaders_of
+from autoq.quantization.activations import leaders_of, map_tensors, to_fp32
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.plan import Plan
 from autoq.quantization.report import LinearReport
@@ -62,7 +62,7 @@ class Probe:
     """Some inputs of a block, to see that folding scales does not change what it computes."""
 
     hidden: Tensor
-    keywords: Mapping[str, Any]
+    keywords: dict[str, Any]
 
 
 class LinearWork:
@@ -189,19 +189,13 @@ def _unchanged(block: nn.Module, prefix: str, dtype: torch.dtype, probe: Probe |
 
 def block_output(block: nn.Module, probe: Probe) -> Tensor:
     """The block's output in fp32, whatever the dtypes of its tensors, which stay as they are."""
-
-    def to_float(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.float()
-        return tuple(to_float(entry) for entry in value) if isinstance(value, tuple) else value
-
     others = [tensor for tensor in chain(block.parameters(), block.buffers()) if tensor.dtype != torch.float32]
     others = [tensor for tensor in others if tensor.is_floating_point()]
     held = [tensor.data for tensor in others]
     try:
         for tensor in others:
             tensor.data = tensor.data.float()
-        output = block(probe.hidden.float(), **{name: to_float(value) for name, value in probe.keywords.items()})
+        output = block(probe.hidden.float(), **map_tensors(probe.keywords, to_fp32))
     finally:
         for tensor, data in zip(others, held, strict=True):
             tensor.data = data

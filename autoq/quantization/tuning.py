@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from autoq.quantization.activations import map_tensors, to_fp32
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 # Steps for each block.
@@ -143,18 +144,8 @@ def _relative_error(block: nn.Module, parameters: Mapping[str, Tensor], batch: B
     massive activations, such as the first of a text, would decide everything.
     """
     device = next(iter(parameters.values())).device
-    keywords = {name: _to_fp32(value, device) for name, value in batch.keywords.items()}
-    output = functional_call(block, dict(parameters), (_to_fp32(batch.inputs, device),), keywords)
+    inputs, target, keywords = map_tensors(tuple(batch), lambda tensor: to_fp32(tensor.to(device)))
+    output = functional_call(block, dict(parameters), (inputs,), keywords)
     output = output[0] if isinstance(output, tuple) else output
-    target = _to_fp32(batch.target, device)
     size = target.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return ((output - target).square().sum(dim=-1) / size).mean()
-
-
-def _to_fp32(value: Any, device: torch.device) -> Any:
-    """An argument of a block on its device, the floating-point tensors of it, which may be in a tuple, as fp32."""
-    if isinstance(value, tuple):
-        return tuple(_to_fp32(entry, device) for entry in value)
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float32 if value.is_floating_point() else None)
-    return value
