@@ -108,21 +108,23 @@ def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Quantize
     gram = gram / largest  # only ratios matter: nothing over- or underflows
     gram.diagonal().add_(_DAMPING * gram.diagonal().mean())
     for _ in range(_ROUNDS):
-        quantized = refit_scales(weight, gram, descend(weight, gram, quantized))
+        quantized, gradient = descend(weight, gram, quantized)
+        quantized = refit_scales(gradient, gram, quantized)
     return quantized
 
 
-def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
+def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
     """One pass over the codes, each set to the best of its values while all others of its row stay.
 
-    weight: fp32 `[out, in]`; gram: fp32 `[in, in]`, its diagonal positive. The error does not grow.
+    weight: fp32 `[out, in]`; gram: fp32 `[in, in]`, its diagonal positive. The error does not grow. Half of its
+    gradient, `D H` for what is returned, comes with it.
     """
     group_of = torch.arange(weight.shape[1], device=weight.device) // quantized.group_size
     # One row for each input channel, so that every step works on contiguous memory.
     scales = quantized.scales.float().T[group_of]
     zeros = quantized.explicit_zeros().float().T[group_of]
     codes = quantized.codes.T.float().contiguous()
-    gradient = gram @ ((codes - zeros) * scales - weight.T)  # half of the error's
+    gradient = gram @ ((codes - zeros) * scales - weight.T)
     for start in range(0, len(codes), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(codes)))
         before = codes[block].clone()
@@ -135,40 +137,48 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Quantiz
             inside.addr_(near[index], (code - codes[channel]) * scale)
             codes[channel] = code
         gradient.addmm_(gram[:, block], (codes[block] - before) * scales[block])
-    return quantized._replace(codes=codes.T.to(torch.uint8).contiguous())
+    return quantized._replace(codes=codes.T.to(torch.uint8).contiguous()), gradient.T
 
 
-def refit_scales(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
+def refit_scales(gradient: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
     """The scales with the smallest error for the codes as they are; those of a row together, in closed form.
 
-    weight: fp32 or fp64 `[out, in]`; gram: `[in, in]`, in its dtype. A scale that would leave half to twice its value
-    stays what it is, and so do those of a row whose error the rounding to fp16 would raise.
+    gradient: half of the error's gradient as the scales are, `D H`, fp32 or fp64 `[out, in]`; gram: `[in, in]`, in its
+    dtype. A scale that would leave half to twice its value stays what it is, and so do those of a row whose error the
+    rounding to fp16 would raise.
     """
-    steps = dequantize(quantized._replace(scales=torch.ones_like(quantized.scales)), weight.dtype)
+    steps = dequantize(quantized._replace(scales=torch.ones_like(quantized.scales)), gradient.dtype)
     groups = quantized.scales.shape[1]
-    rows = max(1, _CHUNK // max(groups**2, weight.shape[1]))
-    parts = zip(weight.split(rows), steps.split(rows), quantized.scales.split(rows), strict=True)
+    rows = max(1, _CHUNK // max(groups**2, gram.shape[0]))
+    parts = zip(gradient.split(rows), steps.split(rows), quantized.scales.split(rows), strict=True)
     return quantized._replace(scales=torch.cat([_refit_rows(part, gram, step, scale) for part, step, scale in parts]))
 
 
-def _refit_rows(weight: Tensor, gram: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
+def _refit_rows(gradient: Tensor, gram: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
     """steps: what the codes stand for in units of their scale, `[rows, in]`; scales: `[rows, groups]`."""
     rows, count = scales.shape
     steps = steps.reshape(rows, count, -1)
-    # A row's error is s^T A s - 2 b^T s and what no scale changes.
-    quadratic = weight.new_empty(rows, count, count)
-    for group, channels in enumerate(gram.split(steps.shape[2])):
-        quadratic[:, group] = ((steps[:, group] @ channels).reshape(steps.shape) * steps).sum(dim=2)
-    linear = (steps * (weight @ gram).reshape(steps.shape)).sum(dim=2)
+    size = steps.shape[2]
+    # Scales that change by c change a row's error by c^T A c + 2 b^T c.
+    quadratic = gradient.new_empty(rows, count, count)
+    for group in range(count):
+        # By symmetry the groups from this one on tell of all.
+        across = steps[:, group] @ gram[group * size : (group + 1) * size, group * size :]
+        products = torch.linalg.vecdot(across.reshape(rows, -1, size), steps[:, group:])
+        quadratic[:, group, group:] = products
+        quadratic[:, group:, group] = products
+    linear = torch.linalg.vecdot(steps, gradient.reshape(steps.shape))
 
-    def error(tried: Tensor) -> Tensor:
-        return ((quadratic @ tried.unsqueeze(2)).squeeze(2) * tried - 2 * linear * tried).sum(dim=1, keepdim=True)
+    def change(by: Tensor) -> Tensor:
+        """Of the error."""
+        return (by * (torch.linalg.vecdot(quadratic, by.unsqueeze(1)) + 2 * linear)).sum(dim=1, keepdim=True)
 
     # A group whose codes are all zero has no say in the error; the diagonal keeps its equation solvable.
     diagonal = quadratic.diagonal(dim1=1, dim2=2)
-    damping = 1e-6 * diagonal.mean(dim=1) + torch.finfo(weight.dtype).tiny
-    before = scales.to(weight.dtype)
-    solved = torch.linalg.solve_ex(quadratic + torch.diag_embed(damping.unsqueeze(1).expand_as(before)), linear).result
+    damping = 1e-6 * diagonal.mean(dim=1) + torch.finfo(gradient.dtype).tiny
+    damped = quadratic + torch.diag_embed(damping.unsqueeze(1).expand_as(diagonal))
+    before = scales.to(gradient.dtype)
+    solved = before - torch.linalg.solve_ex(damped, linear).result
     sane = (solved > before / 2) & (solved < before * 2)
-    after = torch.where(sane, solved, before).to(scales.dtype).to(weight.dtype)
-    return torch.where(error(after) < error(before), after, before).to(scales.dtype)
+    after = torch.where(sane, solved, before).to(scales.dtype).to(gradient.dtype)
+    return torch.where(change(after - before) < 0, after, before).to(scales.dtype)
