@@ -300,7 +300,7 @@ class AutoQForCausalLM(nn.Module):
         try:
             quantizer = Quantizer(self.model.eval(), config, calibration, run)
             if progress and Ranks().is_first:
-                print(quantizer.description)
+                print(quantizer.source.description)
             # Folding and replacing happen in place: what a stopped run leaves behind is no model.
             self._interrupted = True
             self.quant_config, self.report = quantizer.quantize()

@@ -14,6 +14,10 @@ GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 EFFORTS = ("fast", "default", "best")
 # What every family calls its output head.
 LM_HEAD = "lm_head"
+# What settings call the token embeddings, which every family names differently.
+EMBEDDINGS = "embeddings"
+# The parts that have a width and a group size of their own, and what the names of those settings begin with.
+_OWN_SETTINGS = {LM_HEAD: "lm_head", EMBEDDINGS: "embedding"}
 
 # Names from llm-awq, AutoAWQ and transformers, and ours.
 _LEGACY_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
@@ -47,6 +51,10 @@ class QuantConfig:
     lm_head_bits: width of the codes of the output head; None leaves it as it is. In a small model the head is a large
         part of the bytes that a token reads. Other engines cannot load a checkpoint with a quantized head.
     lm_head_group_size: weights of the head that share a scale.
+    embedding_bits: width of the codes of the token embeddings; None leaves them as they are. They take no time, but in
+        a small model, or one of a large vocabulary, much of the memory. A head that is tied to them is untied: each is
+        then as its own setting says. Other engines cannot load a checkpoint with quantized embeddings.
+    embedding_group_size: weights of a token's embedding that share a scale.
     module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
     module_bits: the linears whose width differs from `bits`; filled in by quantization for `target_bits`.
     """
@@ -65,6 +73,8 @@ class QuantConfig:
     scale_activations: bool = False
     lm_head_bits: int | None = None
     lm_head_group_size: int = 128
+    embedding_bits: int | None = None
+    embedding_group_size: int = 128
     module_group_sizes: Mapping[str, int] = field(default_factory=dict)
     target_bits: float | None = None
     module_bits: Mapping[str, int] = field(default_factory=dict)
@@ -76,8 +86,9 @@ class QuantConfig:
             object.__setattr__(self, "version", "gemm" if self.bits == 4 and not self.is_mixed else "dense")
         _one_of("bits", self.bits, SUPPORTED_BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
-        _one_of("lm_head_bits", self.lm_head_bits, (*SUPPORTED_BITS, None))
-        _one_of("lm_head_group_size", self.lm_head_group_size, GROUP_SIZES)
+        for name in _OWN_SETTINGS.values():
+            _one_of(f"{name}_bits", getattr(self, f"{name}_bits"), (*SUPPORTED_BITS, None))
+            _one_of(f"{name}_group_size", getattr(self, f"{name}_group_size"), GROUP_SIZES)
         _one_of("indivisible", self.indivisible, ("smaller", "skip"))
         _one_of("effort", self.effort, EFFORTS)
         for name in ("zero_point", "apply_scale", "duo_scaling", "apply_clip", "compensate", "scale_activations"):
@@ -140,9 +151,9 @@ class QuantConfig:
             saved["module_bits"] = dict(self.module_bits)
         if self.scale_activations:
             saved["scale_activations"] = True
-        if self.lm_head_bits is not None:
-            saved["lm_head_bits"] = self.lm_head_bits
-            saved["lm_head_group_size"] = self.lm_head_group_size
+        for part, prefix in _OWN_SETTINGS.items():
+            if self._own(part, "bits") is not None:
+                saved.update({f"{prefix}_{name}": self._own(part, name) for name in ("bits", "group_size")})
         return saved
 
     @property
@@ -151,18 +162,17 @@ class QuantConfig:
         return self.target_bits is not None or bool(self.module_bits)
 
     def bits_for(self, name: str) -> int:
-        """The width of a linear's codes."""
-        if name == LM_HEAD and self.lm_head_bits is not None:
-            return self.lm_head_bits
-        return self.module_bits.get(name, self.bits)
+        """The width of a linear's codes, or of those of EMBEDDINGS."""
+        return self._own(name, "bits") or self.module_bits.get(name, self.bits)
 
     def version_for(self, name: str) -> str:
-        """The on-disk format of a linear: a quantized head, which only autoq reads, is dense."""
-        return "dense" if name == LM_HEAD and self.lm_head_bits is not None else self.version
+        """The on-disk format of a linear, or of EMBEDDINGS: what only autoq reads anyway is dense."""
+        return "dense" if self._own(name, "bits") else self.version
 
     def group_size_for(self, name: str, in_features: int) -> int | None:
-        """The group size of a linear, or None when it stays as it is because no group size divides it."""
-        default = self.lm_head_group_size if name == LM_HEAD and self.lm_head_bits is not None else self.group_size
+        """The group size of a linear, or of EMBEDDINGS; None when it stays as it is because no group size divides
+        it."""
+        default = (self._own(name, "bits") and self._own(name, "group_size")) or self.group_size
         size = self.module_group_sizes.get(name, default)
         if size == -1 or in_features % size == 0:
             return size
@@ -170,10 +180,15 @@ class QuantConfig:
             return next((s for s in (128, 64, 32, 16) if s < size and in_features % s == 0), None)
         return None
 
+    def _own(self, name: str, setting: str) -> int | None:
+        """A setting of a part of the model that has settings of its own."""
+        value: int | None = getattr(self, f"{_OWN_SETTINGS[name]}_{setting}") if name in _OWN_SETTINGS else None
+        return value
+
     def converts(self, name: str) -> bool:
-        """Whether a linear of this full name is to be quantized."""
-        if name == LM_HEAD:
-            return self.lm_head_bits is not None
+        """Whether a linear of this full name is to be quantized, or EMBEDDINGS."""
+        if name in _OWN_SETTINGS:
+            return self._own(name, "bits") is not None
         return not any(pattern in name for pattern in self.modules_to_not_convert)
 
 

@@ -19,13 +19,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.checkpoint import CONFIG, CheckpointReader, read_json
-from autoq.config import QuantConfig
+from autoq.config import EMBEDDINGS, QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
-from autoq.nn import QuantLinear, ScaledActivation
+from autoq.nn import QuantEmbedding, QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import connect, fetch_from_disk
-from autoq.ops import PackedWeight
+from autoq.ops import PackedWeight, pack
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.
@@ -38,8 +38,8 @@ _COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 
-class _StoredLinear(NamedTuple):
-    """A quantized linear of a checkpoint, and how it is stored."""
+class _Stored(NamedTuple):
+    """A quantized linear of a checkpoint, or its embeddings, and how they are stored."""
 
     spec: LinearSpec
     layout: Format
@@ -105,14 +105,14 @@ def load_quantized(
     config = _model_config(directory, settings)
     with CheckpointReader(directory) as reader:
         model = _empty_model(config, _resolve_dtype(torch_dtype, config))
-        linears = _insert_quantized_linears(model, reader, quant_config)
+        quantized = _insert_quantized_modules(model, reader, quant_config)
         _insert_scaled_activations(model, reader)
         tied = tied_names(model)
-        _check_tensors(model, reader, linears, tied)
+        _check_tensors(model, reader, quantized, tied)
         model.tie_weights()
         placement = place(model, device_map, max_memory)
         loader = _Loader(model, placement, offload_folder)
-        for name, tensor in _tensors(model, reader, linears, tied):
+        for name, tensor in _tensors(model, reader, quantized, tied):
             loader.put(name, tensor)
         for name, source in tied.items():
             if placement.by_tensor()[name] == "disk":
@@ -221,32 +221,39 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         raise CheckpointError(f"the config describes no model that can be built ({first_line(error)})") from None
 
 
-def _insert_quantized_linears(
+def _insert_quantized_modules(
     model: PreTrainedModel, reader: CheckpointReader, config: QuantConfig
-) -> dict[str, _StoredLinear]:
-    """Puts empty quantized linears where the checkpoint has their codes; returns what they should look like."""
+) -> dict[str, _Stored]:
+    """Puts empty quantized modules where the checkpoint has their codes; returns what they should look like."""
     directory = reader.directory
-    linears: dict[str, _StoredLinear] = {}
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and f"{name}.qweight" in reader.specs:
-            size = config.group_size_for(name, linear.in_features)
-            if size is None:
-                raise CheckpointError(
-                    f"{directory}: the group size {config.group_size} does not divide the {linear.in_features} "
-                    f"inputs of {name}"
-                )
-            spec = LinearSpec.of(linear, config.bits_for(name), size, config.zero_point)
-            layout = get_format(config.version_for(name))
-            obstacle = layout.obstacle(spec)
-            if obstacle is not None:
-                raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
-            for leaf, wanted in layout.tensors(spec).items():
-                reader.check(f"{name}.{leaf}", wanted)
-            linears[name] = _StoredLinear(spec, layout)
-            replace_module(model, name, QuantLinear.empty(spec, linear.bias))
-    if not linears:
+    found: dict[str, _Stored] = {}
+    embeddings = model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        if f"{name}.qweight" not in reader.specs or not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        if isinstance(module, nn.Embedding) and module is not embeddings:
+            continue
+        key, columns = EMBEDDINGS if module is embeddings else name, module.weight.shape[1]
+        size = config.group_size_for(key, columns)
+        if size is None:
+            raise CheckpointError(
+                f"{directory}: the group size {config.group_size} does not divide the {columns} inputs of {name}"
+            )
+        spec = LinearSpec.of(module.weight, config.bits_for(key), size, config.zero_point)
+        layout = get_format(config.version_for(key))
+        obstacle = layout.obstacle(spec)
+        if obstacle is not None:
+            raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
+        for leaf, wanted in layout.tensors(spec).items():
+            reader.check(f"{name}.{leaf}", wanted)
+        found[name] = _Stored(spec, layout)
+        if isinstance(module, nn.Linear):
+            replace_module(model, name, QuantLinear.empty(spec, module.bias))
+        else:
+            replace_module(model, name, QuantEmbedding.empty(spec, model.dtype))
+    if not found:
         raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
-    return linears
+    return found
 
 
 def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader) -> None:
@@ -263,9 +270,9 @@ def _insert_scaled_activations(model: PreTrainedModel, reader: CheckpointReader)
                 replace_module(block, group.prev, act.to("meta"))
 
 
-def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear]) -> Iterator[tuple[str, Tensor]]:
+def _plain_tensors(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors that a checkpoint holds as they are, with their names (a quantized linear's bias too)."""
-    packed = {f"{name}.{leaf}" for name in linears for leaf in PackedWeight._fields}
+    packed = {f"{name}.{leaf}" for name in quantized for leaf in PackedWeight._fields}
     for name, tensor in model.state_dict().items():
         if name not in packed:
             yield name, tensor
@@ -274,12 +281,12 @@ def _plain_tensors(model: PreTrainedModel, linears: Mapping[str, _StoredLinear])
 def _check_tensors(
     model: PreTrainedModel,
     reader: CheckpointReader,
-    linears: Mapping[str, _StoredLinear],
+    quantized: Mapping[str, _Stored],
     tied: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless the checkpoint holds exactly the tensors this model has."""
-    known = {f"{name}.{leaf}" for name, (spec, layout) in linears.items() for leaf in layout.tensors(spec)}
-    for name, tensor in _plain_tensors(model, linears):
+    known = {f"{name}.{leaf}" for name, (spec, layout) in quantized.items() for leaf in layout.tensors(spec)}
+    for name, tensor in _plain_tensors(model, quantized):
         known.add(name)
         if name in tied:
             continue
@@ -305,18 +312,18 @@ def _check_tensors(
 def _tensors(
     model: PreTrainedModel,
     reader: CheckpointReader,
-    linears: Mapping[str, _StoredLinear],
+    quantized: Mapping[str, _Stored],
     tied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
-    for name, (spec, layout) in linears.items():
+    for name, (spec, layout) in quantized.items():
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
-        packed = QuantLinear.from_weight(layout.unpack(tensors, spec))
-        for leaf, buffer in packed.named_buffers():
+        packed = pack(layout.unpack(tensors, spec))
+        for leaf, buffer in packed._asdict().items():
             yield f"{name}.{leaf}", buffer
-    for name, tensor in _plain_tensors(model, linears):
+    for name, tensor in _plain_tensors(model, quantized):
         if name not in tied:
             yield name, reader.read(name).to(tensor.dtype)
 

@@ -182,9 +182,13 @@ def _unpack_codes(words: Tensor, bits: int, out_features: int, in_features: int)
     row_blocks, _, _, lanes = words.shape
     # A clone, because `contiguous` leaves strides of dimensions of size 1 as they are, and `view` objects to them.
     words = words.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-    packed = words.view(torch.uint8).view(row_blocks * lanes, -1)
-    codes = _unpack_three_bits(packed) if bits == 3 else _split_fields(packed, bits)
-    return codes[:out_features, :in_features].contiguous()
+    return _codes_of_rows(words.view(row_blocks * lanes, -1), bits)[:out_features, :in_features].contiguous()
+
+
+def _codes_of_rows(words: Tensor, bits: int) -> Tensor:
+    """The words of some rows, int32 `[rows, units * bits]`, as codes, uint8 `[rows, units * 32]`."""
+    packed = words.view(torch.uint8)
+    return _unpack_three_bits(packed) if bits == 3 else _split_fields(packed, bits)
 
 
 def _join_fields(fields: Tensor, width: int) -> Tensor:
@@ -296,6 +300,10 @@ _library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
+_library.define(
+    "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor zeros, int bits, int num_embeddings, "
+    "int embedding_dim, ScalarType dtype) -> Tensor"
+)
 _library.define("pack_codes(Tensor codes, int bits) -> Tensor")
 
 
@@ -363,6 +371,53 @@ def _fake_linear(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
+def _check_embedding(ids: Tensor, packed: PackedWeight, bits: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    _check_dequantize(packed, bits, rows, columns, dtype)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise OperatorError(f"ids are {ids.dtype} but must be torch.int64 or torch.int32; convert them")
+    if ids.device != packed.codes.device:
+        raise OperatorError(f"ids are on {ids.device} but the weight on {packed.codes.device}; move one of them")
+
+
+def _reference_embedding(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check_embedding(ids, PackedWeight(codes, scales, zeros), bits, num_embeddings, embedding_dim, dtype)
+    rows = ids.flatten()
+    if not rows.numel():
+        return scales.new_empty((*ids.shape, embedding_dim), dtype=dtype)
+    if ids.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < num_embeddings:
+        wrong = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
+        raise OperatorError(f"the id {wrong} is not one of {num_embeddings} tokens; use the tokenizer of this model")
+    blocks, lanes = rows // LANES, rows % LANES
+    words = codes[blocks, :, :, lanes].contiguous().flatten(1)
+    weight = QuantizedWeight(
+        _codes_of_rows(words, bits)[:, :embedding_dim], scales[blocks, :, lanes], zeros[blocks, :, lanes], bits
+    )
+    return quantized.dequantize(weight, dtype).reshape(*ids.shape, embedding_dim)
+
+
+def _fake_embedding(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check_embedding(ids, PackedWeight(codes, scales, zeros), bits, num_embeddings, embedding_dim, dtype)
+    return codes.new_empty((*ids.shape, embedding_dim), dtype=dtype)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, codes, scales, zeros, _, bits, out_features, _ = inputs
     ctx.save_for_backward(codes, scales, zeros)
@@ -382,9 +437,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
 _library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
+_library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
 _library.impl("pack_codes", _pack_codes, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
 torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
+torch.library.register_fake("autoq::embedding", _fake_embedding, lib=_library)
 torch.library.register_fake("autoq::pack_codes", _fake_pack_codes, lib=_library)
 torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
 _extension_problem = _load_extension()
@@ -434,3 +491,19 @@ def dequantize(
     except RuntimeError:
         _check_dequantize(packed, bits, out_features, in_features, dtype)
         raise
+
+
+def embedding(
+    ids: Tensor, packed: PackedWeight, bits: int, num_embeddings: int, embedding_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """The rows of a packed weight `[num_embeddings, embedding_dim]` that ids ask for.
+
+    ids: int64 or int32, of any shape.
+
+    Returns `[*ids.shape, embedding_dim]`, computed in fp32 and rounded once to `dtype`.
+
+    Raises OperatorError when a tensor has the wrong shape, dtype or device, and on the CPU for an id out of range.
+    """
+    return torch.ops.autoq.embedding.default(
+        ids, packed.codes, packed.scales, packed.zeros, bits, num_embeddings, embedding_dim, dtype
+    )

@@ -13,10 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq._version import __version__
 from autoq.checkpoint import CONFIG, REPORT, write_checkpoint
-from autoq.config import QuantConfig
+from autoq.config import EMBEDDINGS, QuantConfig
 from autoq.errors import ConfigError
 from autoq.formats import get_format
-from autoq.nn import QuantLinear
+from autoq.nn import QuantModule
 from autoq.nn.spread import in_memory
 from autoq.ops import PackedWeight
 from autoq.placement import tied_names
@@ -78,9 +78,10 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if isinstance(module, QuantLinear) and leaf in PackedWeight._fields:
+        if isinstance(module, QuantModule) and leaf in PackedWeight._fields:
             if leaf == PackedWeight._fields[0]:
-                layout = get_format(config.version_for(owner))
+                embeddings = module is model.get_input_embeddings()
+                layout = get_format(config.version_for(EMBEDDINGS if embeddings else owner))
                 with in_memory(module, owner):
                     packed = layout.pack(module.quantized_weight())
                 yield from ((f"{owner}.{leaf}", part) for leaf, part in packed.items())
@@ -116,6 +117,8 @@ def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
         notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
     if config.lm_head_bits is not None:
         notes += f"\nIts output head has {config.lm_head_bits} bits, which other engines cannot load.\n"
+    if config.embedding_bits is not None:
+        notes += f"\nIts embeddings have {config.embedding_bits} bits, which other engines cannot load.\n"
     if config.module_group_sizes:
         notes += (
             "\nSome linears have a smaller group size (see config.json); engines with one group size cannot load it.\n"

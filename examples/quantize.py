@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--scale-activations", action="store_true", help="better, but only autoq loads it")
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument("--head-bits", type=int, choices=(2, 3, 4, 8), help="quantize the output head too")
+    parser.add_argument("--embedding-bits", type=int, choices=(2, 3, 4, 8), help="quantize the embeddings too")
     parser.add_argument("--calibration", help="a .txt, .json, .jsonl or .parquet file, or the name of a dataset")
     parser.add_argument("--eval-data", help="held-out text that judges the result, as --calibration")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
@@ -53,6 +54,7 @@ def main() -> None:
             "group_size": arguments.group_size,
             "zero_point": not arguments.symmetric,
             "lm_head_bits": arguments.head_bits,
+            "embedding_bits": arguments.embedding_bits,
             "effort": arguments.effort,
             "target_bits": arguments.target_bits,
             "scale_activations": arguments.scale_activations,

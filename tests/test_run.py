@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the group size .* does not divide"),
 ]
 
-SETTINGS = {"group_size": 32, "lm_head_bits": 8, "scale_activations": True}
+SETTINGS = {"group_size": 32, "lm_head_bits": 8, "embedding_bits": 4, "scale_activations": True}
 DATA = samples(20)
 
 
@@ -315,7 +315,7 @@ def test_statistics_serve_other_bits_and_group_sizes(tmp_path: Path, monkeypatch
     expected = _in_memory(case, settings=other)
     _in_memory(case, statistics=tmp_path / "statistics")
     monkeypatch.setattr(pipeline, "observe", lambda *_arguments: pytest.fail("calibrated again"))
-    monkeypatch.setattr(pipeline, "observe_head", lambda *_arguments: pytest.fail("calibrated again"))
+    monkeypatch.setattr("autoq.quantization.head.observe_head", lambda *_arguments: pytest.fail("calibrated again"))
     found = _in_memory(case, settings=other, statistics=tmp_path / "statistics")
     assert found.report.linears == expected.report.linears
     assert found.report.calibration == f"{expected.report.calibration} (statistics collected earlier)"
@@ -418,11 +418,11 @@ def test_a_relative_path_survives_a_change_of_directory(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("name", ["llama-gqa", "opt-gelu", "falcon-multi-query"])
 def test_search_results_are_applied_as_they_were_found(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    case = variant(name)
-    expected = _in_memory(case, awq_cache=tmp_path / "cache.pt")
+    case, settings = variant(name), {**SETTINGS, "embedding_bits": None}
+    expected = _in_memory(case, settings=settings, awq_cache=tmp_path / "cache.pt")
     monkeypatch.setattr(awq, "search_scale", lambda *_arguments: pytest.fail("searched again"))
     monkeypatch.setattr(awq, "search_clip", lambda *_arguments: pytest.fail("searched again"))
-    found = _in_memory(case, awq_cache=tmp_path / "cache.pt")
+    found = _in_memory(case, settings=settings, awq_cache=tmp_path / "cache.pt")
     _assert_same(_saved(found, tmp_path / "found"), _saved(expected, tmp_path / "expected"))
 
 

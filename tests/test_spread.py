@@ -422,27 +422,30 @@ def test_models_spread_over_devices_are_quantized(name: str, device: Any, monkey
 
     for step in ("check_statistics", "quantize_block"):
         monkeypatch.setattr(pipeline, step, there(getattr(pipeline, step)))
-    expected = quantized(case, lm_head_bits=8, effort="fast")
+    settings = {"bits": 4, "group_size": 32, "lm_head_bits": 8, "embedding_bits": 4, "effort": "fast"}
+    expected = quantized(case, **settings)
     model = AutoQForCausalLM(case.model())
     with Machine():
         _spread(model.model, (FIRST, SECOND))
         before = {name: tensor.device for name, tensor in model.model.named_parameters()}
-        settings = {"bits": 4, "group_size": 32, "lm_head_bits": 8, "effort": "fast"}
         model.quantize(None, settings, samples(), max_calib_seq_len=32, progress=False, device=device)
         for block, place in zip(_blocks(model.model), (FIRST, SECOND), strict=True):
             assert {tensor.device for tensor in (*block.parameters(), *block.buffers())} == {place}
         assert all(tensor.device == before[name] for name, tensor in model.model.named_parameters())
         found = {name: tensor.cpu() for name, tensor in _tensors(model).items()}
+        # A head and embeddings that were replaced still get what other devices give, and run.
+        logits, wanted = model.model(_prompt()).logits, expected(_prompt()).logits
+        assert (logits - wanted).norm() < 0.05 * wanted.norm()
     _assert_near(found, _tensors(expected))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_model_on_the_cpu_is_searched_on_a_gpu(name: str) -> None:
     case = variant(name)
-    expected = quantized(case, lm_head_bits=8, effort="fast")
+    settings = {"bits": 4, "group_size": 32, "lm_head_bits": 8, "embedding_bits": 4, "effort": "fast"}
+    expected = quantized(case, **settings)
     model = AutoQForCausalLM(case.model())
     with Machine() as machine:
-        settings = {"bits": 4, "group_size": 32, "lm_head_bits": 8, "effort": "fast"}
         model.quantize(None, settings, samples(), max_calib_seq_len=32, progress=False, device=SECOND)
         assert {device for _, device in machine.moves} == {CPU, SECOND}
     assert {tensor.device for tensor in _tensors(model).values()} == {CPU}

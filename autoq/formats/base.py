@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoq.quantization.weight import QuantizedWeight
 
 
 class LinearSpec(NamedTuple):
-    """The shape of a quantized linear. `group_size` is resolved: in_features where the config says -1."""
+    """The shape of a quantized linear, or of embeddings, with a row for each token. `group_size` is resolved:
+    in_features where the config says -1."""
 
     out_features: int
     in_features: int
@@ -21,10 +22,10 @@ class LinearSpec(NamedTuple):
     zero_point: bool
 
     @classmethod
-    def of(cls, linear: nn.Linear, bits: int, group_size: int, zero_point: bool) -> LinearSpec:
-        """What a linear becomes with a config's settings, a group size of -1 among them."""
-        size = linear.in_features if group_size == -1 else group_size
-        return cls(linear.out_features, linear.in_features, bits, size, zero_point)
+    def of(cls, weight: Tensor, bits: int, group_size: int, zero_point: bool) -> LinearSpec:
+        """What a weight `[out, in]` becomes with a config's settings, a group size of -1 among them."""
+        out_features, in_features = weight.shape
+        return cls(out_features, in_features, bits, in_features if group_size == -1 else group_size, zero_point)
 
     @property
     def groups(self) -> int:

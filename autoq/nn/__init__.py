@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from autoq.nn.activation import ScaledActivation
-from autoq.nn.linear import QuantLinear
+from autoq.nn.linear import QuantEmbedding, QuantLinear, QuantModule
 
-__all__ = ["QuantLinear", "ScaledActivation"]
+__all__ = ["QuantEmbedding", "QuantLinear", "QuantModule", "ScaledActivation"]

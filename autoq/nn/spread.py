@@ -42,6 +42,13 @@ def connect(model: PreTrainedModel, parts: Iterable[str]) -> None:
     model.register_forward_hook(_MoveOutputs(model._skip_keys_device_placement), with_kwargs=True)
 
 
+def hand_over(part: nn.Module, successor: nn.Module) -> None:
+    """Has the module that takes the place of a connected part get its inputs as that did."""
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, _MoveInputs):
+            successor.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def disconnect(model: PreTrainedModel) -> None:
     """Undoes `connect`."""
     for module in model.modules():

@@ -35,7 +35,7 @@ _WEIGHT_COPIES = 7
 _TUNING_COPIES = 9
 # Operations for each weight and column of the Gram matrix: of the search, the rounding and the report, and of refining.
 _OPERATIONS = 5
-_REFINING_OPERATIONS = 16
+_REFINING_OPERATIONS = 10
 # Beside matrix products: rounding, clipping, reading, writing.
 _OTHER_TIME = 1.7
 
@@ -93,6 +93,9 @@ def estimate(
         spec = plan.specs[LM_HEAD]
         size = spec.in_features * spec.out_features
         head = 4 * (_WEIGHT_COPIES * size + (_GRAM_COPIES + 1) * spec.in_features**2)
+    if plan.embeddings is not None:
+        # Codes, scales and zeros, while they are packed; the result stays.
+        head = max(head, 3 * plan.embeddings.out_features * plan.embeddings.in_features)
     peak = max(block + max(grams + batch, searching), head, logits, fetched if offloaded else 0)
     memory = psutil.Process().memory_info().rss + _UNCOUNTED + peak + (hidden if in_memory else 0)
 

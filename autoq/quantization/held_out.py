@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from autoq.config import LM_HEAD
 from autoq.evaluation.divergence import divergence_of_logits
 from autoq.evaluation.perplexity import negative_log_likelihood, perplexity_of_mean
-from autoq.nn.linear import replace_module
+from autoq.nn.linear import replaced
 from autoq.quantization.activations import after_blocks
 from autoq.quantization.plan import Plan
 from autoq.quantization.ranks import Ranks
@@ -31,13 +31,8 @@ def compare_held_out(
     full = quantized = divergence = 0.0
     for number, batch in enumerate(streams.held_out.batches):
         expected = after_blocks(model, plan, streams.held_out.states.read(number), batch)
-        own = model.get_submodule(LM_HEAD)
-        if head is not None:
-            replace_module(model, LM_HEAD, head)
-        try:
+        with replaced(model, LM_HEAD, head):
             found = after_blocks(model, plan, streams.held_out_quantized.states.read(number), batch).to(expected.device)
-        finally:
-            replace_module(model, LM_HEAD, own)
         full += negative_log_likelihood(expected, batch)
         quantized += negative_log_likelihood(found, batch)
         batch_divergence, batch_agreeing = divergence_of_logits(expected.flatten(0, 1), found.flatten(0, 1))

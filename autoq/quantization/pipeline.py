@@ -21,35 +21,24 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD, QuantConfig
-from autoq.errors import AutoQError, ConfigError
+from autoq.errors import ConfigError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import bring, fetch_from_disk, is_offloaded
-from autoq.quantization.activations import (
-    check_statistics,
-    device_of,
-    observe,
-    observe_head,
-)
+from autoq.nn.spread import bring, fetch_from_disk, hand_over, is_offloaded
+from autoq.quantization.activations import check_statistics, device_of, observe
 from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
 from autoq.quantization.budget import settle_memory
 from autoq.quantization.calibration import CalibrationSet
+from autoq.quantization.embeddings import quantize_embeddings
+from autoq.quantization.head import quantize_head
 from autoq.quantization.held_out import compare_held_out
-from autoq.quantization.plan import Plan, head_of
+from autoq.quantization.plan import Plan, name_of_embeddings
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport, QuantizationReport
-from autoq.quantization.search import (
-    BlockResult,
-    LinearWork,
-    ScaledInputs,
-    SearchResults,
-    quantize_block,
-    quantized_linear,
-    report_of,
-    round_linear,
-)
+from autoq.quantization.search import BlockResult, SearchResults, quantize_block
 from autoq.quantization.sensitivity import measure_sensitivities
+from autoq.quantization.sources import StatisticsSource, block_key
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.streams import Streams
 from autoq.quantization.workspace import (
@@ -94,6 +83,7 @@ class _Search:
     index: int
     block: nn.Module
     home: torch.device
+    device: torch.device
     offloaded: bool
     owner: int
     work: Callable[[], Future[BlockResult]] | None  # None: done in an earlier run
@@ -129,48 +119,44 @@ class Quantizer:
         if is_offloaded(self.blocks) and self.ranks.size > 1 and run.work_dir is None:
             raise ConfigError("several processes quantize a model on the disk; give them one work_dir for the result")
         held_out: Sequence[Tensor] = () if run.held_out is None else run.held_out.samples
-        own = 1 / self.ranks.size
         identity = {
             "model": fingerprint_of_model(model) if run.work_dir or run.statistics else "",
             "samples": fingerprint_of_samples(calibration.samples),
             "calibration": calibration.describe(),
             "tokens": calibration.tokens,
         }
-        self.store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
-        # Tuning wants the samples themselves.
-        self.collects = plan.tunes or self.store is None or not self.store.is_complete
+        store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
+        self.source = StatisticsSource(plan, calibration, store, self.ranks)
+        own = 1 / self.ranks.size
         spills = settle_memory(
             self.model,
             plan,
-            int(own * calibration.tokens) if self.collects else 0,
+            int(own * calibration.tokens) if self.source.collects else 0,
             int(own * sum(len(sample) for sample in held_out)),
             max_memory=run.max_memory,
             work_dir=run.work_dir,
             shows=run.progress and self.ranks.is_first,
         )
-        error: Exception | None = None
-        self.known: SearchResults | None = None
-        self.done = 0
         keeps = run.work_dir is not None or spills
         self.workspace = Workspace(self._work_dir()) if keeps or is_offloaded(self.blocks) else None
-        try:
-            self._admit(identity)
-        except AutoQError as raised:
-            error = raised
-        self.ranks.agree(error, 0)
-        self.known = self.ranks.tell(self.known)
-        self.done = self.ranks.tell(self.done)
+        self.known, self.done = self.ranks.alone(lambda: self._admit(identity))
         if self.done and run.progress and self.ranks.is_first:
             print(f"{self.done} of {len(self.blocks)} blocks are done in {run.work_dir}; going on from there")
         if config.target_bits is not None:
             self.plan = plan = self._mix(config.target_bits)
+        # What takes the place of the model's own when the run ends, and its part of the report.
+        self.embeddings, self.embeddings_line = None, None
+        if plan.embeddings is not None:
+            device = run.devices[0] if run.devices else None
+            found = quantize_embeddings(model, plan, self.ranks, device, self.source.tokens)
+            self.embeddings, self.embeddings_line = found
         folder = None
         if self.workspace is not None and keeps:
             folder = self.workspace.activations_path(self.ranks.rank, self.ranks.size)
-        calibrating = self.ranks.share(calibration.samples) if self.collects else ()
+        calibrating = self.ranks.share(calibration.samples) if self.source.collects else ()
         probe = calibration.samples[0][:_PROBE_TOKENS]
         held_out = self.ranks.share(held_out, "held-out") if held_out else ()
-        self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done)
+        self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done, self.embeddings)
 
     def _work_dir(self) -> Path:
         """The directory of the run; one that goes with the model if the user gave none."""
@@ -181,15 +167,13 @@ class Quantizer:
             weakref.finalize(self.model, rmtree, directory, ignore_errors=True)
         return directory
 
-    def _admit(self, identity: Mapping[str, Any]) -> None:
-        """Opens what the first process reads and writes; raises what would otherwise end the run after hours."""
-        if not self.ranks.is_first:
-            return
-        run, store = self.run, self.store
-        digest = None
+    def _admit(self, identity: Mapping[str, Any]) -> tuple[SearchResults | None, int]:
+        """Opens what the first process reads and writes; raises what would otherwise end the run after hours. Returns
+        the search results to apply, if there are, and how many blocks are done."""
+        run = self.run
+        known, digest, done = None, None, 0
         if run.awq_cache is not None and run.awq_cache.exists():
-            results = read_awq_cache(run.awq_cache)
-            self.known = fit_to_model(results, self.plan, len(self.blocks), run.awq_cache)
+            known = fit_to_model(read_awq_cache(run.awq_cache), self.plan, len(self.blocks), run.awq_cache)
             digest = hashlib.sha256(run.awq_cache.read_bytes()).hexdigest()
         elif run.awq_cache is not None:
             check_writable(run.awq_cache)
@@ -199,24 +183,11 @@ class Quantizer:
             samples = {"calibration samples": identity["samples"], "held-out samples": None}
             if run.held_out is not None:
                 samples["held-out samples"] = fingerprint_of_samples(run.held_out.samples)
-            used = {"statistics collected earlier": not self.collects, "search results": digest}
+            used = {"statistics collected earlier": not self.source.collects, "search results": digest}
             self.workspace.open(len(self.blocks), {**settings, **samples}, used, self.ranks.size)
-            self.done = self.workspace.finished(len(self.blocks))
-        if store is None:
-            return
-        if not store.is_complete:
-            store.begin()
-            lacking = [name for name in map(_block_file, range(self.done)) if not store.has(name)]
-            if lacking:
-                raise ConfigError(
-                    f"the run in {run.work_dir} was begun without statistics={str(run.statistics)!r}, which lacks "
-                    f"{lacking[0]}; leave statistics out, or begin anew with another work_dir"
-                )
-        elif LM_HEAD in self.plan.group_sizes and LM_HEAD not in store.names:
-            raise ConfigError(
-                f"the statistics in {run.statistics} were collected without {LM_HEAD}; leave lm_head_bits out, or give "
-                "another directory to collect them again"
-            )
+            done = self.workspace.finished(len(self.blocks))
+        self.source.open(self.plan, done, run.work_dir)
+        return known, done
 
     def _mix(self, target_bits: float) -> Plan:
         """The plan with the widths that a mean leaves room for; measured once in a run."""
@@ -250,7 +221,9 @@ class Quantizer:
     def _walk(self) -> QuantizationReport:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
         or processes, a block is observed while those before it are searched."""
-        report = QuantizationReport(self.description, self._tokens())
+        report = QuantizationReport(self.source.description, self.source.tokens)
+        if self.embeddings_line is not None:
+            report.linears.append(self.embeddings_line)
         # A block that is tuned waits for what the one before gives.
         width = 1 if self.plan.tunes else max(len(self.run.devices), self.ranks.size)
         pending: list[_Search] = []
@@ -267,23 +240,37 @@ class Quantizer:
                     pending[-1].start()
             while pending:
                 report.linears += self._settle(pending, bar)
-        head = self._quantize_head(report) if LM_HEAD in self.plan.group_sizes else None
+        head = None
+        if LM_HEAD in self.plan.group_sizes:
+            head, line = quantize_head(
+                self.model,
+                self.plan,
+                self.streams.calibration,
+                self.source,
+                self.ranks,
+                self.run.devices[0] if self.run.devices else None,
+                self.known,
+                self.search,
+            )
+            report.linears.append(line)
         if self.run.held_out is not None:
             source = self.run.held_out.source
             report.held_out = compare_held_out(self.model, self.plan, self.streams, head, self.ranks, source)
-        if head is not None:
-            replace_module(self.model, LM_HEAD, head)
-            self.model.config.tie_word_embeddings = False
-        self._keep_findings()
+        self._place({LM_HEAD: head, name_of_embeddings(self.model): self.embeddings})
+        if self.ranks.is_first:
+            if self.run.awq_cache is not None and self.known is None:
+                write_awq_cache(self.run.awq_cache, self.search)
+            self.source.close(self.plan, len(self.blocks))
         return report
 
-    @property
-    def description(self) -> str:
-        """One line about the data that guides the search."""
-        return self.calibration.describe() if self.collects or self.store is None else self.store.description
-
-    def _tokens(self) -> int:
-        return self.calibration.tokens if self.collects or self.store is None else self.store.tokens
+    def _place(self, ends: Mapping[str, nn.Module | None]) -> None:
+        """Puts a quantized head and quantized embeddings in the place of the model's own. What was tied is untied."""
+        for name, module in ends.items():
+            if module is None:
+                continue
+            hand_over(self.model.get_submodule(name), module)
+            replace_module(self.model, name, module)
+            self.model.config.tie_word_embeddings = False
 
     def _begin(self, index: int, pool: ThreadPoolExecutor) -> _Search:
         """Fetches and observes a block; what is left is its search."""
@@ -292,46 +279,36 @@ class Quantizer:
         offloaded = is_offloaded(block)
         done = index < self.done
         home = device_of(block)
-        if done and self.streams.are_past(index):
-            return _Search(index, block, home, offloaded, 0, None)
-        if offloaded:
-            bring(block, prefix)
         devices = self.run.devices
         device = devices[index % len(devices)] if devices else home
+        if done and self.streams.are_past(index):
+            return _Search(index, block, home, device, offloaded, 0, None)
+        if offloaded:
+            bring(block, prefix)
         if device_of(block) != device:
             block.to(device)
         probe = self.streams.probe_of(index, device)
         statistics: dict[str, InputStatistics] = {}
         if not done and self.streams.calibration.batches:
-            statistics = self._observe(index, block, owner)
+            alone = len(devices) <= 1
+            observed = observe(block, self.streams.calibration, self.plan, alone)
+            statistics = self.source.gather(block_key(index), observed, owner)
         self.streams.through_full(index, block)
         if done:
-            return _Search(index, block, home, offloaded, 0, None)
+            return _Search(index, block, home, device, offloaded, 0, None)
 
         def work() -> BlockResult:
             with torch.no_grad():  # which every thread decides for itself
                 found = statistics
-                if self.store is not None and not self.collects:
-                    found = self.store.load(_block_file(index), device)
+                if not self.source.collects:
+                    found = self.source.stored(block_key(index), device)
                 check_statistics(found, f"{prefix}.")
                 batches = self.streams.tuning_batches() if self.plan.tunes else ()
                 return quantize_block(block, prefix, found, self.plan, probe, self.known, batches)
 
         several = len(devices) > 1
         start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
-        return _Search(index, block, home, offloaded, owner, start if owner == self.ranks.rank else None)
-
-    def _observe(self, index: int, block: nn.Module, owner: int) -> dict[str, InputStatistics]:
-        alone = len(self.run.devices) <= 1
-        statistics = observe(block, self.streams.calibration, self.plan, alone)
-        self.ranks.gather(statistics, owner)
-        if self.ranks.rank != owner:
-            return {}
-        if self.store is not None and not self.store.is_complete:
-            for entry in statistics.values():
-                entry.finish()
-            self.store.save(_block_file(index), statistics)
-        return statistics
+        return _Search(index, block, home, device, offloaded, owner, start if owner == self.ranks.rank else None)
 
     def _settle(self, pending: list[_Search], bar: Any) -> list[LinearReport]:
         """Ends the first search, or all where several processes wait for each other; each has one of them."""
@@ -348,7 +325,6 @@ class Quantizer:
     def _finish(self, search: _Search) -> list[LinearReport]:
         """Takes the result of a search to wherever it is needed, and forgets what is not needed any more."""
         index, block, prefix = search.index, search.block, self.plan.block_name(search.index)
-        device = search.home if not self.run.devices else self.run.devices[index % len(self.run.devices)]
         result = BlockResult([], SearchResults())
         tensors: dict[str, Tensor] = {}
         if index >= self.done:
@@ -365,7 +341,7 @@ class Quantizer:
         mine = search.future is not None
         if not mine or self.ranks.size > 1:
             result = self.ranks.tell(result, search.owner)
-            tensors = self.ranks.send(tensors, search.owner, device)
+            tensors = self.ranks.send(tensors, search.owner, search.device)
             if not mine:
                 self._restore(block, prefix, tensors)
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
@@ -393,62 +369,6 @@ class Quantizer:
                 act = ScaledActivation(block.get_submodule(group.prev), scales.numel(), scales.dtype)
                 replace_module(block, group.prev, act)
         block.load_state_dict(tensors, strict=True, assign=True)
-
-    def _quantize_head(self, report: QuantizationReport) -> QuantLinear:
-        """The output head, quantized with what the blocks made of the calibration data as its inputs.
-
-        A head that is tied to the embeddings is untied: they stay as they are.
-        """
-        head = head_of(self.model)
-        bring(head, LM_HEAD)
-        home = head.weight.device
-        device = self.run.devices[0] if self.run.devices else home
-        work = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
-        work.weight = nn.Parameter(head.weight.detach().to(device), requires_grad=False)
-        work.bias = None if head.bias is None else nn.Parameter(head.bias.detach().to(device), requires_grad=False)
-        if self.collects or self.store is None:
-            statistics = observe_head(self.model, head, self.streams.calibration, self.plan, device)
-            self.ranks.gather({LM_HEAD: statistics}, 0)
-            if self.store is not None and not self.store.is_complete and self.ranks.is_first:
-                self.store.save(LM_HEAD, {LM_HEAD: statistics.finish()})
-        else:
-            statistics = self.store.load(LM_HEAD, device)[LM_HEAD]
-        tensors: dict[str, Tensor] = {}
-        line: LinearReport | None = None
-        error: Exception | None = None
-        if self.ranks.is_first:
-            try:
-                check_statistics({LM_HEAD: statistics})
-                item = LinearWork(work, LM_HEAD)
-                inputs = ScaledInputs(statistics, item.column_scale, self.plan.config.compensate)
-                weight, clipped = round_linear(item, inputs, self.plan, self.known, self.search)
-                line = report_of(item, weight, clipped, inputs, self.plan)
-                tensors = dict(quantized_linear(item, weight).state_dict())
-            except Exception as raised:  # as for a block
-                error = raised
-        self.ranks.agree(error, 0)
-        line = self.ranks.tell(line)
-        tensors = self.ranks.send(tensors, 0, home)
-        assert line is not None
-        report.linears.append(line)
-        quantized = QuantLinear.empty(self.plan.specs[LM_HEAD], head.bias)
-        quantized.load_state_dict(tensors, strict=True, assign=True)
-        return quantized
-
-    def _keep_findings(self) -> None:
-        """Writes what other runs may use."""
-        if not self.ranks.is_first:
-            return
-        if self.run.awq_cache is not None and self.known is None:
-            write_awq_cache(self.run.awq_cache, self.search)
-        if self.store is not None and not self.store.is_complete:
-            names = [_block_file(index) for index in range(len(self.blocks))]
-            self.store.finish(names + ([LM_HEAD] if LM_HEAD in self.plan.group_sizes else []))
-
-
-def _block_file(index: int) -> str:
-    """What statistics of a block are kept under."""
-    return f"block-{index:05d}"
 
 
 def _at_once(work: Callable[[], BlockResult]) -> Future[BlockResult]:

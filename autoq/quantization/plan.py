@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import Architecture, ScaleGroup, architecture_of
 from autoq.architectures.base import named_linears
-from autoq.config import LM_HEAD, QuantConfig
+from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import QuantizationError
 from autoq.formats import LinearSpec, get_format
 from autoq.nn.spread import is_offloaded
@@ -32,6 +32,7 @@ class Plan:
     group_sizes: of the linears to quantize, by full name, -1 for a whole row; specs: what they become.
     left_alone: why each other linear stays as it is.
     in_features: of every linear of the blocks.
+    embeddings: what the token embeddings become; None: they stay as they are.
     """
 
     architecture: Architecture
@@ -41,12 +42,13 @@ class Plan:
     specs: dict[str, LinearSpec]
     left_alone: dict[str, str]
     in_features: dict[str, int]
+    embeddings: LinearSpec | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: QuantConfig) -> Plan:
         """The plan for a model whose weights are in memory, or fetched from where it is known they are."""
         architecture = architecture_of(model.config)
-        plan = cls(architecture, model.config, config, {}, {}, {}, {})
+        plan = cls(architecture, model.config, config, {}, {}, {}, {}, _embeddings_spec(model, config))
         for index, block in enumerate(architecture.decoder_blocks(model)):
             prefix = plan.block_name(index)
             architecture.check_block(block, prefix)
@@ -72,7 +74,7 @@ class Plan:
                 f"group size {config.group_size} {smaller}does not divide {linear.in_features} inputs"
             )
         else:
-            spec = LinearSpec.of(linear, config.bits_for(name), size, config.zero_point)
+            spec = LinearSpec.of(linear.weight, config.bits_for(name), size, config.zero_point)
             obstacle = get_format(config.version_for(name)).obstacle(spec)
             if obstacle is None:
                 self.group_sizes[name] = size
@@ -157,7 +159,7 @@ class Plan:
     def warn_if_undercalibrated(self, report: QuantizationReport) -> None:
         """Fewer tokens than input channels leave directions of the input unseen: the search would trust noise."""
         widths = self.in_features
-        starved = [entry for entry in report.quantized if entry.tokens < widths[entry.name]]
+        starved = [entry for entry in report.quantized if entry.tokens < widths.get(entry.name, 0)]
         if starved:
             worst = max(starved, key=lambda entry: widths[entry.name] / max(entry.tokens, 1))
             warnings.warn(
@@ -175,6 +177,33 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise QuantizationError(f"{LM_HEAD} is a {type(head).__name__}, not a linear; leave lm_head_bits out")
     return head
+
+
+def name_of_embeddings(model: PreTrainedModel) -> str:
+    """The full name of the token embeddings."""
+    embeddings = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embeddings)
+
+
+def embeddings_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
+    """The name of the token embeddings, and them; raises QuantizationError where they are no plain embeddings."""
+    name, embeddings = name_of_embeddings(model), model.get_input_embeddings()
+    if type(embeddings) is not nn.Embedding:
+        raise QuantizationError(f"{name} is a {type(embeddings).__name__}, not an Embedding; leave embedding_bits out")
+    return name, embeddings
+
+
+def _embeddings_spec(model: PreTrainedModel, config: QuantConfig) -> LinearSpec | None:
+    if config.embedding_bits is None:
+        return None
+    name, embeddings = embeddings_of(model)
+    size = config.group_size_for(EMBEDDINGS, embeddings.embedding_dim)
+    if size is None:
+        raise QuantizationError(
+            f"{name} has {embeddings.embedding_dim} columns, which embedding_group_size={config.embedding_group_size} "
+            "does not divide; give one that does, or -1 for a whole row"
+        )
+    return LinearSpec.of(embeddings.weight, config.embedding_bits, size, config.zero_point)
 
 
 def _check_reachable(block: nn.Module, prefix: str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class Ranks:
             )
         return samples[self.rank :: self.size]
 
-    def gather(self, statistics: dict[str, InputStatistics], owner: int) -> None:
+    def gather(self, statistics: Mapping[str, InputStatistics], owner: int) -> None:
         """Adds up the statistics of all processes at the one that owns them; the others' are spent."""
         if self.size == 1:
             return
@@ -86,6 +86,19 @@ class Ranks:
                 tensor = flat.view(dtype).reshape(shape)
             received[name] = tensor.to(device)
         return received
+
+    def alone(self, work: Callable[[], T], owner: int = 0) -> T:
+        """What one process works out, for all; so is an error that it meets."""
+        error: Exception | None = None
+        result: Any = None
+        if self.rank == owner:
+            try:
+                result = work()
+            except Exception as raised:  # whatever it is, the other processes wait to hear of it
+                error = raised
+        self.agree(error, owner)
+        found: T = self.tell(result, owner)
+        return found
 
     def agree(self, error: Exception | None, owner: int) -> None:
         """Raises in all processes the error that one of them has met, so that none waits for the others."""

@@ -10,11 +10,12 @@ from autoq.errors import QuantizationError
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear of the model.
+    """One linear of the model, or its embeddings.
 
     bits, group_size: what it was quantized to; None when it was left as it is.
     error_before, error_after: `|W' X - W X|^2 / |W X|^2` over the calibration tokens, for round-to-nearest and after
-        the search, on at most 2,048 rows of the weight; None when it was left as it is.
+        the search, on at most 2,048 rows of the weight; None when it was left as it is. Of embeddings, whose rows are
+        looked up: `|W' - W|^2 / |W|^2`.
     tokens: calibration tokens that reached it.
     note: why it was left alone or given another group size; empty otherwise.
     clipped: share of the weights that the clip search cut; None when it was left as it is.

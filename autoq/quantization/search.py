@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoq.architectures import ScaleGroup
 from autoq.architectures.base import named_linears
+from autoq.config import QuantConfig
 from autoq.errors import QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
@@ -69,8 +70,7 @@ class LinearWork:
     """A linear while its block is worked on: in fp32 whatever the model's dtype, and what was folded into it."""
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
-        if not torch.isfinite(linear.weight).all():
-            raise QuantizationError(f"the weight of {name} holds NaN or infinity; check the checkpoint it came from")
+        check_finite(linear.weight, name)
         self.linear = linear
         self.name = name
         self.dtype = linear.weight.dtype
@@ -88,6 +88,12 @@ class LinearWork:
     def restore(self) -> None:
         """Back to the model's dtype, for a linear that is not quantized."""
         self._cast(self.dtype)
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raises QuantizationError unless a weight is finite."""
+    if not torch.isfinite(weight).all():
+        raise QuantizationError(f"the weight of {name} holds NaN or infinity; check the checkpoint it came from")
 
 
 class ScaledInputs:
@@ -350,6 +356,21 @@ def _clip(
     else:
         return weight
     found.clips[name] = ranges
-    if plan.config.effort != "fast" and plan.config.zero_point:
-        return refinement.search_range(weight, inputs.gram, plan.fake_quantize(name, -1), ranges).clamp(weight)
+    return _within(weight, inputs.gram, plan.fake_quantize(name, -1), ranges, plan.config)
+
+
+def cut(weight: Tensor, gram: Tensor, fake_quantize: awq.FakeQuantize, group_size: int, config: QuantConfig) -> Tensor:
+    """The weight `[out, in]` within the ranges its groups are best cut to.
+
+    gram, fake_quantize: as for `awq.search_clip`.
+    """
+    return _within(weight, gram, fake_quantize, awq.search_clip(weight, gram, fake_quantize, group_size), config)
+
+
+def _within(
+    weight: Tensor, gram: Tensor, fake_quantize: awq.FakeQuantize, ranges: Tensor, config: QuantConfig
+) -> Tensor:
+    """The weight within the ranges of AWQ, or what more effort makes of them."""
+    if config.effort != "fast" and config.zero_point:
+        return refinement.search_range(weight, gram, fake_quantize, ranges).clamp(weight)
     return awq.clip(weight, ranges)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoq.nn import QuantEmbedding
+from autoq.nn.linear import replaced
 from autoq.quantization import tuning
 from autoq.quantization.activations import Activations
-from autoq.quantization.plan import Plan
+from autoq.quantization.plan import Plan, name_of_embeddings
 from autoq.quantization.search import Probe
 
 # Both models' logits for a held-out batch are in memory at once, and vocabularies are large.
@@ -35,18 +37,21 @@ class Streams:
         held_out: Sequence[Tensor],
         folder: Path | None,
         resume_at: int,
+        embeddings: QuantEmbedding | None = None,
     ) -> None:
-        """folder: where hidden states are kept; None: in memory. resume_at: the first block that is not done."""
+        """folder: where hidden states are kept; None: in memory. resume_at: the first block that is not done.
+        embeddings: those that quantized blocks get, if they are quantized too."""
 
         def start(samples: Sequence[Tensor], name: str, batch_tokens: int | None = None) -> Activations:
             kept = None if folder is None else folder / name
             return Activations(model, plan, samples, kept, resume_at, batch_tokens)
 
         self.calibration = start(calibration, "calibration")
-        self.calibration_quantized = start(calibration if plan.tunes else (), "calibration-quantized")
         self.probe = start([probe], "probe")
         self.held_out = start(held_out, "held-out", HELD_OUT_BATCH_TOKENS)
-        self.held_out_quantized = start(held_out, "held-out-quantized", HELD_OUT_BATCH_TOKENS)
+        with replaced(model, name_of_embeddings(model), embeddings):
+            self.calibration_quantized = start(calibration if plan.tunes else (), "calibration-quantized")
+            self.held_out_quantized = start(held_out, "held-out-quantized", HELD_OUT_BATCH_TOKENS)
         self._full = (self.calibration, self.probe, self.held_out)
         self._quantized = (self.calibration_quantized, self.held_out_quantized)
 
