@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear
 from autoq.nn.block import fuse_blocks
-from autoq.nn.spread import connect, disconnect, is_offloaded
+from autoq.nn.spread import connect, disconnect, is_offloaded, remove_hooks
 from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.ops import MODES
 from autoq.placement import DeviceMap, byte_count, device_named, parts_of, present_device_map, torch_device
@@ -114,7 +113,7 @@ class AutoQForCausalLM(nn.Module):
             raise CheckpointError(f"the model in {model_path} cannot be loaded ({first_line(error)})") from error
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
             # One way of moving tensors, for full-precision models as for quantized ones.
-            remove_hook_from_submodules(model)
+            remove_hooks(model)
             connect(model, [part.name for part in parts_of(model) if part.is_module])
         return cls(model.eval())
 

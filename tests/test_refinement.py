@@ -68,7 +68,7 @@ def test_refitted_scales_are_the_least_squares_solution(zero_point: bool, monkey
         columns = torch.block_diag(*steps.reshape(4, 8, 1))
         exact = torch.linalg.lstsq(factor.T @ columns, factor.T @ weight[row].double()[:, None]).solution[:, 0]
         torch.testing.assert_close(found.scales[row], exact, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(refinement, "_CHUNK", 64)
+    monkeypatch.setattr(awq, "_CHUNK", 64)
     torch.testing.assert_close(refit_scales(gradient, gram.double(), start).scales, found.scales)
 
 

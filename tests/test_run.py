@@ -4,6 +4,7 @@ by processes, and judged on held-out text."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,6 +106,22 @@ def test_full_precision_weights_are_in_memory_one_block_at_a_time(tmp_path: Path
     for index, names in enumerate(held):
         assert names
         assert all(f"layers.{index}." in name for name in names)
+
+
+def test_what_a_block_was_is_freed_at_once(tmp_path: Path) -> None:
+    case = variant("llama")
+    case.model().save_pretrained(tmp_path / "model")
+    model = AutoQForCausalLM.from_pretrained(tmp_path / "model", device_map="disk")
+    linears = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    held = [weakref.ref(module) for module in linears]
+    del linears
+    gc.collect()
+    gc.disable()
+    try:
+        _quantize(model, {"group_size": 32})
+        assert [reference() for reference in held if reference() is not None] == [model.model.lm_head]
+    finally:
+        gc.enable()
 
 
 def test_the_memory_is_settled_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

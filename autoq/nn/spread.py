@@ -94,12 +94,26 @@ def bring(module: nn.Module, name: str) -> None:
                 held = {**inner._parameters, **inner._buffers}
                 # A copy: what was fetched may be a view of the file.
                 fetched = {key: None if tensor is None else tensor.detach().clone() for key, tensor in held.items()}
-            remove_hook_from_module(inner)
+            _remove_hook(inner)
             for key, tensor in fetched.items():
                 if key in inner._parameters and tensor is not None:
                     inner._parameters[key] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
                 else:
                     inner._buffers[key] = tensor
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Removes the hooks of accelerate from a module and those within it."""
+    for inner in module.modules():
+        _remove_hook(inner)
+
+
+def _remove_hook(module: nn.Module) -> None:
+    remove_hook_from_module(module)
+    # What it leaves behind is a reference of the module to itself, which keeps its weights in memory until the garbage
+    # collector comes by.
+    if getattr(module.__dict__.get("forward"), "__self__", None) is module:
+        del module.__dict__["forward"]
 
 
 def is_offloaded(model: nn.Module) -> bool:

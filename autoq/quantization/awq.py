@@ -26,14 +26,16 @@ _SMALLEST_MAGNITUDE = 1e-4
 # Rows that choose the finalists among the candidate scales, how many those are, and the rows that decide among them:
 # a taller weight's choice does not change with the rows left out, but takes several times as long.
 _SCREENED_ROWS = 512
-_FINALISTS = 4
-_DECIDING_ROWS = 4096
+_FINALISTS = 3
+_DECIDING_ROWS = 2048
 
 # Columns of the Gram matrix multiplied at once, so that symmetry spares almost half of the work.
 _PANEL = 512
 
-# Rows are searched in chunks of about this many weights: the intermediate tensors stay in the cache, and small.
+# Rows are multiplied with a Gram matrix in chunks of about this many weights, and searched group by group in smaller
+# ones, whose intermediate tensors stay in the cache.
 _CHUNK = 1 << 22
+_SMALL_CHUNK = 1 << 20
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:
@@ -51,8 +53,12 @@ def output_error(difference: Tensor, gram: Tensor) -> Tensor:
     return error
 
 
-def _row_chunks(weight: Tensor) -> Sequence[Tensor]:
-    return weight.split(max(1, _CHUNK // weight.shape[1]))
+def row_chunks(tensor: Tensor, columns: int, small: bool = False) -> Sequence[Tensor]:
+    """A tensor in chunks of rows, as are worked on at once in a weight of so many columns.
+
+    small: for work on each group alone.
+    """
+    return tensor.split(max(1, (_SMALL_CHUNK if small else _CHUNK) // columns))
 
 
 def weight_magnitude(weight: Tensor, group_size: int) -> Tensor:
@@ -127,7 +133,7 @@ def _scale_errors(
 ) -> dict[int, float]:
     """The error of some of the candidates, by index."""
     errors = dict.fromkeys(indices, 0.0)
-    for rows in _row_chunks(weight):
+    for rows in row_chunks(weight, weight.shape[1]):
         for index in errors:
             scale = candidates[index]
             errors[index] += float(output_error(fake_quantize(rows * scale) / scale - rows, gram))
@@ -193,9 +199,8 @@ def search_clip(
     size = weight.shape[1] if group_size == -1 else group_size
     count = weight.shape[1] // size
     blocks = diagonal_blocks(gram, count)
-    return torch.cat(
-        [_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid) for rows in _row_chunks(weight)]
-    )
+    parts = row_chunks(weight, weight.shape[1], small=True)
+    return torch.cat([_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid) for rows in parts])
 
 
 def diagonal_blocks(gram: Tensor, count: int) -> Tensor:

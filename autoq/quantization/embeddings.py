@@ -12,16 +12,13 @@ from autoq.config import QuantConfig
 from autoq.formats import LinearSpec
 from autoq.nn import QuantEmbedding
 from autoq.nn.spread import in_memory
-from autoq.quantization import refinement
+from autoq.quantization import awq, refinement
 from autoq.quantization.activations import device_of
 from autoq.quantization.plan import Plan, embeddings_of
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport
 from autoq.quantization.search import check_finite, cut
 from autoq.quantization.weight import QuantizedWeight, dequantize, fake_quantize, quantize
-
-# Rows are worked on in chunks of about this many weights.
-_CHUNK = 1 << 22
 
 
 def quantize_embeddings(
@@ -43,7 +40,7 @@ def quantize_embeddings(
         check_finite(weight, name)
         sums = torch.zeros(3, dtype=torch.float64)  # of the squared errors before and after, and of the weights
         parts = []
-        for rows in weight.split(max(1, _CHUNK // spec.in_features)):
+        for rows in awq.row_chunks(weight, spec.in_features):
             rows = rows.to(device or home).float()
             nearest = fake_quantize(rows, spec.bits, spec.group_size, spec.zero_point)
             parts.append(round_rows(rows, spec, config))

@@ -14,7 +14,6 @@ from shutil import rmtree
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import bring, fetch_from_disk, hand_over, is_offloaded
+from autoq.nn.spread import bring, fetch_from_disk, hand_over, is_offloaded, remove_hooks
 from autoq.quantization.activations import check_statistics, device_of, observe
 from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
@@ -346,7 +345,8 @@ class Quantizer:
                 self._restore(block, prefix, tensors)
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
             self.workspace.save_block(index, tensors, result)
-        self.search.update(result.search)
+        if self.run.awq_cache is not None:
+            self.search.update(result.search)
         self.streams.through_quantized(index, block)
         if search.offloaded and self.workspace is not None:
             loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
@@ -358,7 +358,7 @@ class Quantizer:
 
     def _restore(self, block: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
         """Makes a block what an earlier run or another process made of it."""
-        remove_hook_from_submodules(block)  # which would fetch what it was
+        remove_hooks(block)  # which would fetch what it was
         for leaf, module in list(block.named_modules()):
             if f"{prefix}.{leaf}" in self.plan.specs:
                 bias = getattr(module, "bias", None)

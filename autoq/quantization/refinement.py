@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoq.quantization.awq import FakeQuantize, diagonal_blocks, group_errors
+from autoq.quantization.awq import FakeQuantize, diagonal_blocks, group_errors, row_chunks
 from autoq.quantization.weight import QuantizedWeight, dequantize, nearest_codes
 
 # Where an end of the range is tried, as shares of where it is.
@@ -29,8 +29,6 @@ _ROUNDS = 2
 _DAMPING = 0.01
 # Channels descended on before the rest of the gradient is updated, by one matrix product.
 _BLOCK = 128
-# Rows are worked on in chunks of about this many numbers.
-_CHUNK = 1 << 22
 
 
 class Ranges(NamedTuple):
@@ -58,11 +56,8 @@ def search_range(
     """
     groups = weight.reshape(*limits.shape[:2], -1)
     blocks = diagonal_blocks(gram, groups.shape[1])
-    rows = max(1, _CHUNK // weight.shape[1])
-    found = [
-        _search_rows(part, blocks, fake_quantize, limit, grid)
-        for part, limit in zip(groups.split(rows), limits.split(rows), strict=True)
-    ]
+    chunks = (row_chunks(whole, weight.shape[1], small=True) for whole in (groups, limits))
+    found = [_search_rows(part, blocks, fake_quantize, limit, grid) for part, limit in zip(*chunks, strict=True)]
     return Ranges(torch.cat([part.low for part in found]), torch.cat([part.high for part in found]))
 
 
@@ -148,9 +143,8 @@ def refit_scales(gradient: Tensor, gram: Tensor, quantized: QuantizedWeight) -> 
     rounding to fp16 would raise.
     """
     steps = dequantize(quantized._replace(scales=torch.ones_like(quantized.scales)), gradient.dtype)
-    groups = quantized.scales.shape[1]
-    rows = max(1, _CHUNK // max(groups**2, gram.shape[0]))
-    parts = zip(gradient.split(rows), steps.split(rows), quantized.scales.split(rows), strict=True)
+    columns = max(quantized.scales.shape[1] ** 2, gram.shape[0])  # of the largest thing made for a row
+    parts = zip(*(row_chunks(whole, columns) for whole in (gradient, steps, quantized.scales)), strict=True)
     return quantized._replace(scales=torch.cat([_refit_rows(part, gram, step, scale) for part, step, scale in parts]))
 
 

@@ -1,0 +1,132 @@
+"""The effort "best" beside auto-round: KL divergence to full precision and seconds, on the same data, in one run.
+
+    python benchmarks/tuning_peers.py --auto-round PYTHON --models MODEL [MODEL ...] --calibration FILE.json
+        --text FILE.txt [--configs w3g128] [--steps 200] [--batch 8] [--output NAME]
+
+PYTHON is that of an environment with auto-round (see auto_round_worker.py), which is run with its steps and samples a
+step as given; its own defaults are 200 and 8. Both get the same 128 samples, and their results are judged here, on the
+same windows of held-out text. Writes NAME.md and NAME.json after each row, and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import device_name
+from quality import parse_config
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from autoq import AutoQForCausalLM, __version__
+from autoq.evaluation import kl_divergence
+
+
+def main() -> None:
+    arguments = _arguments()
+    kept = arguments.output.with_suffix(".json")
+    rows = json.loads(kept.read_text()) if kept.is_file() else []
+    for config in arguments.configs:
+        for directory in arguments.models:
+            key = {"model": directory.name, "config": config, "steps": arguments.steps, "batch": arguments.batch}
+            if not any(key.items() <= row.items() for row in rows):
+                rows.append({**key, **_measure(directory, config, arguments)})
+                print(_line(rows[-1]), flush=True)
+            _write(arguments, rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--auto-round", type=Path, required=True, help="Python of an environment with auto-round")
+    parser.add_argument("--models", type=Path, nargs="+", required=True, help="model directories")
+    parser.add_argument("--calibration", type=Path, required=True, help="JSON list of strings, one sample each")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a sample and of a window")
+    parser.add_argument("--max-windows", type=int, help="evaluate on the first so many windows only")
+    parser.add_argument("--configs", nargs="*", default=["w3g128"])
+    parser.add_argument("--steps", type=int, default=200, help="of auto-round")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step of auto-round")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuning_peers"))
+    return parser.parse_args()
+
+
+def _measure(directory: Path, config: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    bits, group_size = parse_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def load() -> AutoQForCausalLM:
+        return AutoQForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
+
+    reference = load()
+
+    def divergence(model: Any) -> float:
+        found = kl_divergence(
+            reference, model, tokenizer, arguments.text, arguments.window, arguments.max_windows, 8, progress=False
+        )
+        return found.value
+
+    model = load()
+    start = time.perf_counter()
+    model.quantize(
+        tokenizer,
+        {"bits": bits, "group_size": group_size, "effort": "best"},
+        calib_data=arguments.calibration,
+        max_calib_seq_len=arguments.window,
+        packing=False,
+        progress=False,
+    )
+    ours = {"seconds": time.perf_counter() - start, "divergence": divergence(model)}
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "tuned.safetensors"
+        options = {
+            "model": directory, "calibration": arguments.calibration, "bits": bits, "group-size": group_size,
+            "length": arguments.window, "steps": arguments.steps, "batch": arguments.batch, "out": out,
+        }  # fmt: skip
+        command = [arguments.auto_round, Path(__file__).with_name("auto_round_worker.py")]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        printed = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+        theirs = json.loads(printed.strip().splitlines()[-1])
+        tuned = load()
+        missing = tuned.model.load_state_dict(load_file(out), strict=False).missing_keys
+        if not theirs["changed"] or missing:
+            raise SystemExit(f"auto-round left its model as it was, or without {missing[:1]}")
+        theirs["divergence"] = divergence(tuned)
+    return {"autoq": ours, "auto-round": theirs}
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [f"{1000 * row[name]['divergence']:.2f}, {row[name]['seconds']:.0f} s" for name in ("auto-round", "autoq")]
+    return f"| {row['model']} | {row['config']} | {row['steps']} x {row['batch']} | {' | '.join(cells)} |"
+
+
+def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    windows = f"--max-windows {arguments.max_windows} " if arguments.max_windows else ""
+    lines = [
+        "KL divergence to full precision x 1000 on held-out text, and seconds; both one after the other in one run.",
+        "",
+        '| model | config | steps x samples of auto-round | auto-round | autoq, effort "best" |',
+        "|---|---|---|---|---|",
+        *map(_line, rows),
+        "",
+        f"`python benchmarks/tuning_peers.py --models {' '.join(dict.fromkeys(row['model'] for row in rows))} {windows}"
+        f"--calibration {arguments.calibration.name} --text {arguments.text.name}`, in one run or several; auto-round "
+        f"{rows[-1]['auto-round']['version']}, autoq {__version__}, torch {torch.__version__}, "
+        f"{device_name(torch.device('cpu'))}.",
+        "",
+    ]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
+    arguments.output.with_suffix(".md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
