@@ -140,13 +140,14 @@ def test_the_memory_is_settled_before_any_work(tmp_path: Path, capsys: pytest.Ca
 def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monkeypatch: Any) -> None:
     model = variant("llama").model()
     plan = Plan.of(model, QuantConfig(group_size=32))
-    settle = partial(budget.settle_memory, model, plan, 10**6, 0, work_dir=None, shows=False)
+    settle = partial(budget.settle_memory, model, plan, 10**6, 0, work_dir=None)
     tokens = 10**6
     in_memory, on_disk = (budget.estimate(model, plan, tokens, 0, way, True) for way in (True, False))
     assert in_memory.memory - on_disk.memory == pytest.approx(tokens * 64 * 4, rel=0.2)
     assert on_disk.disk - in_memory.disk == 2 * tokens * 64 * 4
-    assert not settle(max_memory=in_memory.memory + 10**8)
-    assert settle(max_memory=on_disk.memory + 10**8)
+    assert not settle(max_memory=in_memory.memory + 10**8)[0]
+    assert settle(max_memory=on_disk.memory + 10**8)[0]
+    assert on_disk.for_share(0.25).seconds == on_disk.seconds / 4
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ConfigError, match=r"on the disk, but .* has 0\.0 MB left; give a work_dir"):
         settle(max_memory=on_disk.memory + 10**8)
@@ -155,7 +156,7 @@ def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monke
 def test_hidden_states_on_the_disk_change_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     case = variant("llama")
     expected = _in_memory(case)
-    monkeypatch.setattr(pipeline, "settle_memory", lambda *_arguments, **_options: True)
+    monkeypatch.setattr(pipeline, "settle_memory", lambda *_arguments, **_options: (True, None))
     kept = []
     write = activations.HiddenStates.write
 

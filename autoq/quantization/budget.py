@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class Estimate:
     disk: int
     seconds: float
     hidden: int
+
+    def for_share(self, share: float) -> Estimate:
+        """For a run that has this share of the blocks left to do."""
+        return replace(self, seconds=share * self.seconds)
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
@@ -154,9 +158,8 @@ def settle_memory(
     *,
     max_memory: int | None,
     work_dir: Path | None,
-    shows: bool,
-) -> bool:
-    """Whether what flows between blocks has to go to the disk; says what the run will take.
+) -> tuple[bool, Estimate]:
+    """Whether what flows between blocks has to go to the disk, and what the run will take.
 
     max_memory: the bytes this process may take at most; None: what there is.
     Raises ConfigError, with the numbers, when the run does not fit into the memory or onto the disk.
@@ -188,6 +191,4 @@ def settle_memory(
                 f"quantizing this model takes {megabytes(found.disk)} on the disk, but {directory} has "
                 f"{megabytes(free)} left; give a work_dir where there is more"
             )
-    if shows:
-        print(f"quantizing takes {found}")
-    return spills
+    return spills, found

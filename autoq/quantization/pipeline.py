@@ -127,20 +127,21 @@ class Quantizer:
         store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
         self.source = StatisticsSource(plan, calibration, store, self.ranks)
         own = 1 / self.ranks.size
-        spills = settle_memory(
+        spills, expected = settle_memory(
             self.model,
             plan,
             int(own * calibration.tokens) if self.source.collects else 0,
             int(own * sum(len(sample) for sample in held_out)),
             max_memory=run.max_memory,
             work_dir=run.work_dir,
-            shows=run.progress and self.ranks.is_first,
         )
         keeps = run.work_dir is not None or spills
         self.workspace = Workspace(self._work_dir()) if keeps or is_offloaded(self.blocks) else None
         self.known, self.done = self.ranks.alone(lambda: self._admit(identity))
-        if self.done and run.progress and self.ranks.is_first:
-            print(f"{self.done} of {len(self.blocks)} blocks are done in {run.work_dir}; going on from there")
+        if run.progress and self.ranks.is_first:
+            if self.done:
+                print(f"{self.done} of {len(self.blocks)} blocks are done in {run.work_dir}; going on from there")
+            print(f"quantizing takes {expected.for_share(1 - self.done / len(self.blocks))}")
         if config.target_bits is not None:
             self.plan = plan = self._mix(config.target_bits)
         # What takes the place of the model's own when the run ends, and its part of the report.
