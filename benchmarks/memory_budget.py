@@ -93,7 +93,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
     loaded = time.perf_counter()
-    model.quantize(
+    report = model.quantize(
         None,
         {"bits": 4, "group_size": 128},
         ids,
@@ -114,6 +114,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         "quantize_peak": peak,
         "peak": peak_process_bytes(),
         "result": size,
+        "seconds_by_part": report.seconds_by_part,
         "blocks": model.config.num_hidden_layers,
         "memory_of_the_machine": psutil.virtual_memory().total,
     }
@@ -127,6 +128,7 @@ def _table(result: dict[str, Any], arguments: argparse.Namespace) -> str:
         f"| {megabytes(result['peak'])} "
         f"| {result['quantize_seconds']:.0f} | {result['quantize_seconds'] / result['blocks']:.0f} "
         f"| {result['save_seconds']:.0f} | {megabytes(result['result'])} |\n\n"
+        f"Of the seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in result['seconds_by_part'].items())}.\n\n"
         f"`python benchmarks/memory_budget.py --shape {arguments.shape} --samples {arguments.samples} --max-memory "
         f"{arguments.max_memory}`: {arguments.samples} x {arguments.length} tokens; "
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, autoq {__version__}."

@@ -83,7 +83,7 @@ def _autoq(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
     before = peak_process_bytes()
     start = time.perf_counter()
-    model.quantize(
+    report = model.quantize(
         None,
         {},
         tokens,
@@ -95,6 +95,7 @@ def _autoq(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
+        "seconds_by_part": report.seconds_by_part,
         "peak_rss_before": before,
         "peak_rss": peak_process_bytes(),
         "versions": {"autoq": __version__},
@@ -113,7 +114,10 @@ def _table(results: dict[str, Any], arguments: argparse.Namespace) -> str:
         memory = f"{result['peak_rss'] / 1e9:.2f} | {result['peak_rss_before'] / 1e9:.2f}"
         lines.append(f"| {name} | {result['seconds']:.1f} | {memory} |")
     ours, theirs, within = results.values()
+    parts = ", ".join(f"{part} {spent:.1f}" for part, spent in ours["seconds_by_part"].items())
     lines += [
+        "",
+        f"Of autoq's seconds: {parts}.",
         "",
         f"autoq is {theirs['seconds'] / ours['seconds']:.1f} times as fast; from the disk it takes "
         f"{within['peak_rss'] / theirs['peak_rss']:.0%} of the memory.",

@@ -79,6 +79,9 @@ def test_a_model_on_the_disk_becomes_what_one_in_memory_does(case: Variant, tmp_
     found = _on_disk(case, tmp_path / "model")
     assert all(parameter.is_meta for parameter in found.model.get_submodule(_blocks_of(found)).parameters())
     assert (found.report.linears, found.report.held_out) == (expected.report.linears, expected.report.held_out)
+    parts = found.report.seconds_by_part
+    assert parts.keys() == {"embeddings", "reading", "observing", "searching", "writing", "judging", "head"}
+    assert 0.5 * found.report.seconds < sum(parts.values()) <= found.report.seconds
     prompt = samples(1)[0][None]
     assert torch.equal(found(prompt).logits, expected(prompt).logits)
     _assert_same(_saved(found, tmp_path / "found"), _saved(expected, tmp_path / "expected"))

@@ -6,8 +6,9 @@ import hashlib
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -110,6 +111,8 @@ class Quantizer:
         ConfigError when the memory does not suffice or a directory is another run's.
         """
         self.model, self.calibration = model, calibration
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
         self.plan = plan = Plan.of(model, config)
         self.run = run = run or Run()
         self.ranks = Ranks()
@@ -148,7 +151,8 @@ class Quantizer:
         self.embeddings, self.embeddings_line = None, None
         if plan.embeddings is not None:
             device = run.devices[0] if run.devices else None
-            found = quantize_embeddings(model, plan, self.ranks, device, self.source.tokens)
+            with self._timed("embeddings"):
+                found = quantize_embeddings(model, plan, self.ranks, device, self.source.tokens)
             self.embeddings, self.embeddings_line = found
         folder = None
         if self.workspace is not None and keeps:
@@ -211,12 +215,21 @@ class Quantizer:
         Raises QuantizationError when a weight or an activation is not finite (the layer is named), or folding changes
         what a block computes. On an error, blocks done before it stay quantized.
         """
-        start = time.perf_counter()
         report = self._walk()
         self.plan.warn_if_undercalibrated(report)
         self.plan.warn_of_surprises()
-        report.seconds = time.perf_counter() - start
+        report.seconds = time.perf_counter() - self._start
+        report.seconds_by_part = dict(self._seconds)
         return self.plan.settled_config(), report
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """While open, time counts as spent on a part of the work."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _walk(self) -> QuantizationReport:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
@@ -242,20 +255,22 @@ class Quantizer:
                 report.linears += self._settle(pending, bar)
         head = None
         if LM_HEAD in self.plan.group_sizes:
-            head, line = quantize_head(
-                self.model,
-                self.plan,
-                self.streams.calibration,
-                self.source,
-                self.ranks,
-                self.run.devices[0] if self.run.devices else None,
-                self.known,
-                self.search,
-            )
+            with self._timed("head"):
+                head, line = quantize_head(
+                    self.model,
+                    self.plan,
+                    self.streams.calibration,
+                    self.source,
+                    self.ranks,
+                    self.run.devices[0] if self.run.devices else None,
+                    self.known,
+                    self.search,
+                )
             report.linears.append(line)
         if self.run.held_out is not None:
             source = self.run.held_out.source
-            report.held_out = compare_held_out(self.model, self.plan, self.streams, head, self.ranks, source)
+            with self._timed("judging"):
+                report.held_out = compare_held_out(self.model, self.plan, self.streams, head, self.ranks, source)
         self._place({LM_HEAD: head, name_of_embeddings(self.model): self.embeddings})
         if self.ranks.is_first:
             if self.run.awq_cache is not None and self.known is None:
@@ -283,22 +298,24 @@ class Quantizer:
         device = devices[index % len(devices)] if devices else home
         if done and self.streams.are_past(index):
             return _Search(index, block, home, device, offloaded, 0, None)
-        if offloaded:
-            bring(block, prefix)
-        if device_of(block) != device:
-            block.to(device)
+        with self._timed("reading"):
+            if offloaded:
+                bring(block, prefix)
+            if device_of(block) != device:
+                block.to(device)
         probe = self.streams.probe_of(index, device)
         statistics: dict[str, InputStatistics] = {}
-        if not done and self.streams.calibration.batches:
-            alone = len(devices) <= 1
-            observed = observe(block, self.streams.calibration, self.plan, alone)
-            statistics = self.source.gather(block_key(index), observed, owner)
-        self.streams.through_full(index, block)
+        with self._timed("observing"):
+            if not done and self.streams.calibration.batches:
+                alone = len(devices) <= 1
+                observed = observe(block, self.streams.calibration, self.plan, alone)
+                statistics = self.source.gather(block_key(index), observed, owner)
+            self.streams.through_full(index, block)
         if done:
             return _Search(index, block, home, device, offloaded, 0, None)
 
         def work() -> BlockResult:
-            with torch.no_grad():  # which every thread decides for itself
+            with self._timed("searching"), torch.no_grad():  # which every thread decides for itself
                 found = statistics
                 if not self.source.collects:
                     found = self.source.stored(block_key(index), device)
@@ -345,10 +362,12 @@ class Quantizer:
             if not mine:
                 self._restore(block, prefix, tensors)
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
-            self.workspace.save_block(index, tensors, result)
+            with self._timed("writing"):
+                self.workspace.save_block(index, tensors, result)
         if self.run.awq_cache is not None:
             self.search.update(result.search)
-        self.streams.through_quantized(index, block)
+        with self._timed("judging"):
+            self.streams.through_quantized(index, block)
         if search.offloaded and self.workspace is not None:
             loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
             fetch_from_disk(self.model, prefix, loader, search.home)

@@ -62,7 +62,9 @@ class QuantizationReport:
     """The result of `model.quantize`.
 
     calibration: one line about the data; tokens: how many there were; seconds: the time of the whole run (of the last
-        part of it, if it was stopped and resumed).
+        part of it, if it was stopped and resumed); seconds_by_part: of this process, on reading blocks, observing what
+        their linears read, searching and rounding, writing them, and judging the result, and on the embeddings and
+        the head where they are quantized. On several devices searches overlap.
     held_out: the model's quality on other text; None where there was none.
     max_kl: the KL divergence there beyond which the model is not to be saved; None: any is fine.
     """
@@ -73,6 +75,7 @@ class QuantizationReport:
     linears: list[LinearReport] = field(default_factory=list)
     held_out: HeldOutReport | None = None
     max_kl: float | None = None
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
 
     def check_quality(self) -> None:
         """Raises QuantizationError if the KL divergence on held-out text is beyond `max_kl`."""
