@@ -32,7 +32,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = json.loads(arguments.calibration.read_text())[:128]
-    ids = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[: arguments.length]) for text in texts]
+    ids = [torch.tensor(tokenizer(text).input_ids[: arguments.length]) for text in texts]
+    ids = [one for one in ids if len(one) == arguments.length]  # it skips the others itself
     data = torch.utils.data.DataLoader([{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids])
     start = time.perf_counter()
     AutoRound(

@@ -96,7 +96,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _digest(place: Path) -> str:
-    return hashlib.sha256((place / "result" / "model.safetensors").read_bytes()).hexdigest()
+    """Of the weights, and of what the report says of each linear."""
+    digest = hashlib.sha256()
+    for path in sorted(place.glob("result/*.safetensors")):
+        digest.update(path.read_bytes())
+    report = json.loads((place / "result" / "quantization_report.json").read_text())
+    digest.update(json.dumps([report["linears"], report["held_out"]]).encode())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
