@@ -221,14 +221,15 @@ class AutoQForCausalLM(nn.Module):
         work_dir: a directory that keeps every block that is done: a run that is stopped, however it is, goes on from
             there when it is started again, and ends with the same bits. Delete it once the model is saved.
         statistics: a directory for the statistics of the calibration; if they are there already, they are used, for
-            any bits and group size, and nothing is calibrated.
+            any bits and group size, and nothing is calibrated (but with `effort="best"`, which needs the samples).
         awq_cache: a file for the results of the AWQ search, in llm-awq's format; if it is there already, its scales and
-            clips are applied and nothing is searched.
+            clips are applied, and AWQ's search is left out.
         eval_data: text that the result is judged by, as `calib_data`; None: what that has left over, if it has.
         max_eval_samples: samples of it to use; 0 leaves the judgement out.
         max_kl: the KL divergence from the full-precision model (mean over held-out positions, in nats) beyond which
             `save_quantized` refuses to save the result.
-        Under `torchrun` the processes share the samples and the blocks; all end with the same model.
+        Under `torchrun` the processes share the samples and the blocks; all end with the same model. On several
+            machines, `work_dir` and `statistics` have to be where all reach them.
         Returns the report, which is kept as `report` too.
 
         Raises ConfigError, CalibrationError, ArchitectureError or QuantizationError, each a sentence.
@@ -249,7 +250,8 @@ class AutoQForCausalLM(nn.Module):
             config = QuantConfig.from_dict({**(quant_config or {}), **settings})
         context = context_length(self.model.config)
         if context is not None and max_calib_seq_len > context:
-            print(f"calibration samples are cut to {context} tokens, the context of the model")
+            if Ranks().is_first:
+                print(f"calibration samples are cut to {context} tokens, the context of the model")
             max_calib_seq_len = context
         if max_kl is not None and (type(max_kl) not in (int, float) or not max_kl > 0):
             raise ConfigError(f"max_kl is {max_kl!r}; it should be a positive number of nats, such as 0.05")
@@ -331,12 +333,13 @@ class AutoQForCausalLM(nn.Module):
         self,
         save_dir: str | Path,
         safetensors: bool = True,
-        shard_size: int | str = "5GB",
+        shard_size: int | str | None = None,
         ignore_max_kl: bool = False,
     ) -> None:
         """Writes the quantized model; a stopped save leaves nothing that loads.
 
-        shard_size: the most bytes of one file, such as "5GB".
+        shard_size: the most bytes of one file, such as "5GB" (the default; 500MB for a model that is on the disk, since
+            they are in memory while it is written).
         ignore_max_kl: save it even if its KL divergence is beyond the `max_kl` that `quantize` was given.
         Of several processes started by `torchrun`, the first writes.
         """

@@ -186,9 +186,9 @@ class QuantConfig:
         return value
 
     def converts(self, name: str) -> bool:
-        """Whether a linear of this full name is to be quantized, or EMBEDDINGS."""
-        if name in _OWN_SETTINGS:
-            return self._own(name, "bits") is not None
+        """Whether a linear of this full name is to be quantized."""
+        if name == LM_HEAD:
+            return self.lm_head_bits is not None
         return not any(pattern in name for pattern in self.modules_to_not_convert)
 
 

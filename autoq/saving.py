@@ -13,11 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from autoq._version import __version__
 from autoq.checkpoint import CONFIG, REPORT, write_checkpoint
-from autoq.config import EMBEDDINGS, QuantConfig
+from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
 from autoq.formats import get_format
 from autoq.nn import QuantModule
-from autoq.nn.spread import in_memory
+from autoq.nn.spread import in_memory, is_offloaded
 from autoq.ops import PackedWeight
 from autoq.placement import tied_names
 from autoq.quantization.report import QuantizationReport
@@ -44,14 +44,17 @@ def save_model(
     model: PreTrainedModel,
     config: QuantConfig,
     directory: Path,
-    shard_size: int | str = "5GB",
+    shard_size: int | str | None = None,
     report: QuantizationReport | None = None,
 ) -> None:
     """Writes safetensors, config.json, generation_config.json, a model card and the report; all of it or nothing.
 
-    shard_size: the most bytes a shard holds, as a number or with a unit ("5GB", "500MiB").
+    shard_size: the most bytes a shard holds, as a number or with a unit ("5GB", "500MiB"), which are in memory while it
+        is written. None: 5 GB, but 500 MB of a model that is on the disk.
     Raises CheckpointError if the weights are not in memory or the directory cannot be used.
     """
+    if shard_size is None:
+        shard_size = "500MB" if is_offloaded(model) else "5GB"
     documents = {CONFIG: _to_json(_config_dict(model.config, config))}
     if model.can_generate():
         documents["generation_config.json"] = model.generation_config.to_json_string()
@@ -126,7 +129,9 @@ def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
     if config.version != "gemm":
         notes += "\nThis format is autoq's own; other engines cannot load it.\n"
     widths = sorted({config.bits, *config.module_bits.values()})
-    bits = f"{config.bits} bits" if len(widths) == 1 else f"{', '.join(map(str, widths[:-1]))} or {widths[-1]} bits"
+    if report is not None:
+        widths = sorted({line.bits for line in report.quantized if line.bits is not None and line.name != LM_HEAD})
+    bits = f"{', '.join(map(str, widths[:-1]))} or {widths[-1]} bits" if len(widths) > 1 else f"{widths[0]} bits"
     ranges = "zero points" if config.zero_point else "symmetric"
     return _MODEL_CARD.format(
         bits=bits, group_size=config.group_size, ranges=ranges, version=config.version, notes=notes

@@ -4,8 +4,9 @@
         --text FILE.txt [--configs w3g128] [--steps 200] [--batch 8] [--output NAME]
 
 PYTHON is that of an environment with auto-round (see auto_round_worker.py), which is run with its steps and samples a
-step as given; its own defaults are 200 and 8. Both get the same first 128 samples (auto-round skips those shorter than a
-window), and their results are judged here, on the same windows of held-out text. Writes NAME.md and NAME.json after each row, and goes on where it was.
+step as given; its own defaults are 200 and 8. Both get the same first 128 samples (auto-round skips those shorter than
+a window), and their results are judged here, on the same windows of held-out text. Writes NAME.md and NAME.json after
+each row, and goes on where it was.
 """
 
 from __future__ import annotations

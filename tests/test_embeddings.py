@@ -89,7 +89,7 @@ def test_the_embeddings_of_every_family_are_quantized(case: Variant) -> None:
     assert isinstance(embeddings, QuantEmbedding)
     assert (embeddings.spec.bits, embeddings.spec.group_size) == (8, 16)
     assert isinstance(model.model.lm_head, nn.Linear)  # one that was tied has its own weight now
-    line = model.report.linears[0]
+    line = model.report.embeddings
     assert model.model.get_submodule(line.name) is embeddings
     assert line.error_after <= line.error_before < 1e-4
     ids = samples()[0][None]

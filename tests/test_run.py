@@ -143,9 +143,10 @@ def test_the_memory_is_settled_before_any_work(tmp_path: Path, capsys: pytest.Ca
 def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monkeypatch: Any) -> None:
     model = variant("llama").model()
     plan = Plan.of(model, QuantConfig(group_size=32))
-    settle = partial(budget.settle_memory, model, plan, 10**6, 0, work_dir=None)
     tokens = 10**6
-    in_memory, on_disk = (budget.estimate(model, plan, tokens, 0, way, True) for way in (True, False))
+    load = budget.Load(tokens, resident=budget.resident_bytes())
+    settle = partial(budget.settle_memory, model, plan, load, work_dir=None)
+    in_memory, on_disk = (budget.estimate(model, plan, load, way, True) for way in (True, False))
     assert in_memory.memory - on_disk.memory == pytest.approx(tokens * 64 * 4, rel=0.2)
     assert on_disk.disk - in_memory.disk == 2 * tokens * 64 * 4
     assert not settle(max_memory=in_memory.memory + 10**8)[0]
@@ -154,6 +155,40 @@ def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monke
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ConfigError, match=r"on the disk, but .* has 0\.0 MB left; give a work_dir"):
         settle(max_memory=on_disk.memory + 10**8)
+    # What a stopped run has written counts.
+    (tmp_path / "block-00000.safetensors").write_bytes(bytes(10**6))
+    with (tmp_path / "hidden").open("wb") as file:
+        file.truncate(on_disk.disk)
+    settle(max_memory=None, work_dir=tmp_path)
+
+
+def test_without_a_limit_what_is_free_is_the_limit(monkeypatch: Any) -> None:
+    model = variant("llama").model()
+    plan = Plan.of(model, QuantConfig(group_size=32))
+    load = budget.Load(10**6)
+    free = budget.estimate(model, plan, load, False, True).memory
+    memory = dataclasses.make_dataclass("Memory", ["available"])
+    for available, spills in ((10**12, False), (free + 10**6, True)):
+        monkeypatch.setattr(budget.psutil, "virtual_memory", lambda available=available: memory(available))
+        assert budget.settle_memory(model, plan, load, max_memory=None, work_dir=None)[0] == spills
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: memory(10**6))
+    with pytest.warns(UserWarning, match=r"takes [\d,.]+ MB of memory.*but 1\.0 MB are free"):
+        budget.settle_memory(model, plan, load, max_memory=None, work_dir=None)
+
+
+def test_what_an_estimate_counts() -> None:
+    model = variant("llama").model()
+
+    def found(settings: dict[str, Any], in_memory: bool = True, **load: Any) -> budget.Estimate:
+        plan = Plan.of(model, QuantConfig(group_size=32, **settings))
+        return budget.estimate(model, plan, budget.Load(**{"tokens": 10**5, **load}), in_memory, False)
+
+    grams = 4 * 2 * (3 * 64**2 + 128**2)
+    assert found({}, keeps_statistics=True).disk - found({}).disk == pytest.approx(grams, rel=0.5)
+    assert found({}, longest=10**5).memory > found({}).memory
+    assert found({}, held_out_tokens=10**5, longest=10**5).memory > found({}, held_out_tokens=10**5).memory
+    assert found({}, device=torch.device("meta")).memory < found({}).memory
+    assert found({}, resident=10**9).memory == found({}).memory + 10**9
 
 
 def test_hidden_states_on_the_disk_change_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -227,7 +262,7 @@ def test_a_run_stopped_at_any_write_goes_on_and_ends_with_the_same_bits(
     assert stop > 25
 
 
-def test_a_finished_run_is_taken_up_without_any_search(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_finished_run_is_taken_up_without_searching_blocks(tmp_path: Path, monkeypatch: Any) -> None:
     case = variant("mpt")
     expected = _saved(_in_memory(case, work_dir=tmp_path / "work"), tmp_path / "expected")
     monkeypatch.setattr(pipeline, "quantize_block", lambda *_arguments: pytest.fail("searched again"))
@@ -356,6 +391,22 @@ def test_statistics_without_the_heads_do_not_serve_the_head(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="were collected without lm_head"):
         _quantize(model, statistics=tmp_path / "statistics")
     _quantize(model, {"group_size": 32})  # nothing was begun
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    case = variant("llama")
+    _in_memory(case, settings={"group_size": 32}, statistics=tmp_path / "statistics")
+    model = AutoQForCausalLM(case.model())
+    with pytest.raises(ConfigError, match="were collected without lm_head"):
+        _quantize(model, statistics=tmp_path / "statistics", work_dir=tmp_path / "work")
+    _in_memory(case, work_dir=tmp_path / "work")
+    other = tmp_path / "other"
+    with pytest.raises(ConfigError, match="was begun without statistics"):
+        _quantize(model, statistics=other, work_dir=tmp_path / "work")
+    assert not other.exists()
+    # Tuning reads no statistics: it does not miss the head's.
+    best = {**SETTINGS, "effort": "best"}
+    _quantize(AutoQForCausalLM(case.model()), best, statistics=tmp_path / "statistics", max_calib_samples=2)
 
 
 def test_kept_statistics_are_neither_mixed_nor_written_over(tmp_path: Path) -> None:
@@ -686,6 +737,29 @@ def test_a_lost_process_leaves_work_that_is_resumed(tmp_path: Path) -> None:
     assert process.wait() != 0
     assert _together(2, command, tmp_path).returncode == 0
     _assert_same(load_file(tmp_path / "found" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors"))
+
+
+def test_processes_with_different_memory_agree(tmp_path: Path) -> None:
+    """Each alone would decide otherwise about what fits."""
+    variant("llama").model().save_pretrained(tmp_path / "model")
+    (tmp_path / "worker.py").write_text(
+        f"""
+import os, torch
+from autoq import AutoQForCausalLM
+from autoq.quantization import pipeline
+pipeline.resident_bytes = lambda: 10**9 * int(os.environ["RANK"])
+model = AutoQForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+ids = list(torch.randint(128, (8, 16)))
+try:
+    model.quantize(None, {{"group_size": 32}}, ids, max_calib_seq_len=16, max_memory="1GB", progress=False)
+except Exception as error:
+    print(type(error).__name__, error)
+""",
+        encoding="utf-8",
+    )
+    done = _together(2, [str(tmp_path / "worker.py")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("but max_memory allows 1,000.0 MB") == 2
 
 
 def test_too_few_samples_for_the_processes_is_a_sentence(monkeypatch: Any) -> None:

@@ -23,9 +23,9 @@ from autoq.block_ops import decoder_blocks
 from autoq.errors import AutoQError, ConfigError
 from autoq.nn import block as block_module
 from autoq.nn.block import FusedForward
-from autoq.nn.spread import connect, disconnect, is_offloaded
+from autoq.nn.spread import bring, connect, disconnect, is_offloaded, remove_hooks
 from autoq.placement import parts_of
-from autoq.quantization import pipeline
+from autoq.quantization import activations, pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")
 each_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
@@ -428,7 +428,9 @@ def test_models_spread_over_devices_are_quantized(name: str, device: Any, monkey
     with Machine():
         _spread(model.model, (FIRST, SECOND))
         before = {name: tensor.device for name, tensor in model.model.named_parameters()}
-        model.quantize(None, settings, samples(), max_calib_seq_len=32, progress=False, device=device)
+        run = {"max_calib_seq_len": 32, "progress": False, "device": device, "eval_data": samples(3)}
+        report = model.quantize(None, settings, samples(), **run)
+        assert report.held_out.kl_divergence < 0.1
         for block, place in zip(_blocks(model.model), (FIRST, SECOND), strict=True):
             assert {tensor.device for tensor in (*block.parameters(), *block.buffers())} == {place}
         assert all(tensor.device == before[name] for name, tensor in model.model.named_parameters())
@@ -440,16 +442,58 @@ def test_models_spread_over_devices_are_quantized(name: str, device: Any, monkey
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_a_model_on_the_cpu_is_searched_on_a_gpu(name: str) -> None:
+def test_a_model_on_the_cpu_is_searched_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = variant(name)
     settings = {"bits": 4, "group_size": 32, "lm_head_bits": 8, "embedding_bits": 4, "effort": "fast"}
     expected = quantized(case, **settings)
     model = AutoQForCausalLM(case.model())
+    resting = set()
+    write = activations.HiddenStates.write
+
+    def note(self: activations.HiddenStates, batch: int, states: Tensor) -> None:
+        resting.add(states.device)
+        write(self, batch, states)
+
+    monkeypatch.setattr(activations.HiddenStates, "write", note)
     with Machine() as machine:
         model.quantize(None, settings, samples(), max_calib_seq_len=32, progress=False, device=SECOND)
         assert {device for _, device in machine.moves} == {CPU, SECOND}
+    assert resting == {CPU}  # a GPU holds no more than a block
     assert {tensor.device for tensor in _tensors(model).values()} == {CPU}
     _assert_near(_tensors(model), _tensors(expected))
+
+
+def test_only_accelerates_hooks_are_removed() -> None:
+    linear = nn.Linear(4, 4)
+    twice = lambda inputs: 2 * nn.functional.linear(inputs, linear.weight, linear.bias)  # noqa: E731
+    linear.forward = twice
+    add_hook_to_module(linear, AlignDevicesHook(torch.device("cpu")))
+    remove_hooks(linear)
+    assert linear.forward is twice
+    plain = nn.Linear(4, 4)
+    add_hook_to_module(plain, AlignDevicesHook(torch.device("cpu")))
+    remove_hooks(plain)
+    assert "forward" not in plain.__dict__
+
+
+def test_a_head_that_runs_on_a_gpu_and_rests_on_the_disk_is_quantized(tmp_path: Path) -> None:
+    case = variant("llama")
+    case.model().save_pretrained(tmp_path)
+    model = AutoQForCausalLM.from_pretrained(tmp_path, device_map="disk").model
+    with Machine():
+        for name, module in model.named_modules():
+            if hasattr(module, "_hf_hook") and name != "lm_head":
+                bring(module, name)
+        bring(model.model, "model")
+        model.model.to(FIRST)
+        model.lm_head._hf_hook.execution_device = FIRST
+        settings = {"group_size": 32, "lm_head_bits": 8, "effort": "fast"}
+        report = AutoQForCausalLM(model).quantize(
+            None, settings, samples(), max_calib_seq_len=32, progress=False, eval_data=samples(3)
+        )
+        assert {tensor.device for tensor in model.lm_head.buffers()} == {FIRST}
+        assert report.held_out.kl_divergence < 0.1
+        model(_prompt().to(FIRST))
 
 
 def test_hooks_of_accelerate_give_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -109,10 +109,11 @@ def remove_hooks(module: nn.Module) -> None:
 
 
 def _remove_hook(module: nn.Module) -> None:
+    hooked = hasattr(module, "_hf_hook")
     remove_hook_from_module(module)
-    # What it leaves behind is a reference of the module to itself, which keeps its weights in memory until the garbage
-    # collector comes by.
-    if getattr(module.__dict__.get("forward"), "__self__", None) is module:
+    # What that leaves behind is a reference of the module to itself, which keeps its weights in memory until the
+    # garbage collector comes by.
+    if hooked and module.__dict__.get("forward") == type(module).forward.__get__(module):
         del module.__dict__["forward"]
 
 

@@ -140,12 +140,13 @@ class Activations:
         """Whether there is something that goes through this block next."""
         return bool(self.batches) and self.states.stage == index
 
-    def advance(self, block: nn.Module) -> None:
-        """Sends the batches through the next block."""
+    def advance(self, block: nn.Module, home: torch.device | None = None) -> None:
+        """Sends the batches through the next block; what it makes of them is kept on the device `home`, if given."""
         device = device_of(block)
         for number in range(len(self.batches)):
             output = block(self.states.read(number).to(device), **self.keywords(number, device))
-            self.states.write(number, output[0] if isinstance(output, tuple) else output)
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.states.write(number, hidden.to(home or device))
         if self.batches:
             self.states.advance()
 
@@ -274,17 +275,23 @@ def leaders_of(block: nn.Module, plan: Plan) -> dict[str, str]:
     return leader_of
 
 
-def observe(block: nn.Module, activations: Activations, plan: Plan, alone: bool = False) -> dict[str, InputStatistics]:
+def observe(
+    block: nn.Module,
+    activations: Activations,
+    plan: Plan,
+    alone: bool = False,
+    home: torch.device | None = None,
+) -> dict[str, InputStatistics]:
     """Sends the activations through the block; returns the statistics of its linears' inputs, by leader.
 
-    alone: nothing else is computed in this process meanwhile.
+    alone: nothing else is computed in this process meanwhile. home: as of `Activations.advance`.
     """
     device = device_of(block)
     widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
     leaders = dict.fromkeys(leaders_of(block, plan).values())
     statistics = {leader: InputStatistics(widths[leader], device, alone) for leader in leaders}
     with _input_hooks(block, statistics, statistics):
-        activations.advance(block)
+        activations.advance(block, home)
     return statistics
 
 

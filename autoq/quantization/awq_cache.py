@@ -31,8 +31,9 @@ def write_awq_cache(path: Path, results: SearchResults) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises CheckpointError if a file cannot be written there, before anything has been worked out that should be."""
-    write_whole(path, lambda partial: partial.touch())
-    path.unlink()
+    trial = path.with_name(f".{path.name}.trial")
+    write_whole(trial, lambda partial: partial.touch())
+    trial.unlink()
 
 
 def fit_to_model(results: SearchResults, plan: Plan, blocks: int, path: Path) -> SearchResults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -63,14 +64,35 @@ class Estimate:
         return f"about {spent}, {megabytes(self.memory)} of memory{disk}"
 
 
-def estimate(
-    model: PreTrainedModel, plan: Plan, tokens: int, held_out_tokens: int, in_memory: bool, keeps_results: bool
-) -> Estimate:
+@dataclass(frozen=True)
+class Load:
+    """What a process of a run has to do.
+
+    tokens, held_out_tokens: that it sends through the blocks; longest: of one sample.
+    processes: that share the search. device: where blocks are run and searched; None: where they are.
+    resident: bytes of memory that the process takes already. keeps_statistics: whether they are written to the disk.
+    """
+
+    tokens: int
+    held_out_tokens: int = 0
+    longest: int = 0
+    processes: int = 1
+    device: torch.device | None = None
+    resident: int = 0
+    keeps_statistics: bool = False
+
+
+def resident_bytes() -> int:
+    """The memory this process takes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, keeps_results: bool) -> Estimate:
     """An estimate for a run on this machine.
 
-    tokens, held_out_tokens: that this process sends through the blocks. in_memory: whether what flows between blocks
-    is kept there. keeps_results: whether blocks are written to the disk.
+    in_memory: whether what flows between blocks is kept there. keeps_results: whether blocks are written to the disk.
     """
+    tokens, held_out_tokens = load.tokens, load.held_out_tokens
     blocks = plan.architecture.decoder_blocks(model)
     largest = max(blocks, key=_linear_weights)
     itemsize = model.dtype.itemsize
@@ -84,13 +106,20 @@ def estimate(
     offloaded = is_offloaded(blocks)
     block = _bytes(largest) if offloaded else 0
     # In a pass through the block some activations of its widest linear are alive, one of them in fp32.
-    batch = min(tokens, plan.batch_tokens) * (max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize)
+    batch = min(tokens, max(plan.batch_tokens, load.longest)) * (
+        max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize
+    )
     factoring = 4 * _GRAM_COPIES * max(leaders) ** 2
     rounding = 4 * (_WEIGHT_COPIES * max(weights) + 2 * max(leaders) ** 2)
     searching = 4 * sum(weights) + grams + max(factoring, rounding)
     if plan.tunes:
         searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + grams + 4 * batch)
-    logits = 2 * min(held_out_tokens, HELD_OUT_BATCH_TOKENS) * int(model.config.vocab_size) * (itemsize + 4)
+    logits = (
+        2
+        * min(held_out_tokens, max(HELD_OUT_BATCH_TOKENS, load.longest))
+        * int(model.config.vocab_size)
+        * (itemsize + 4)
+    )
     fetched = 2 * max(part.size for part in parts_of(model) if not part.name.startswith(plan.architecture.blocks))
     head = 0
     if LM_HEAD in plan.specs:
@@ -98,34 +127,41 @@ def estimate(
         size = spec.in_features * spec.out_features
         head = 4 * (_WEIGHT_COPIES * size + (_GRAM_COPIES + 1) * spec.in_features**2)
     if plan.embeddings is not None:
-        # Codes, scales and zeros, while they are packed; the result stays.
-        head = max(head, 3 * plan.embeddings.out_features * plan.embeddings.in_features)
-    peak = max(block + max(grams + batch, searching), head, logits, fetched if offloaded else 0)
-    memory = psutil.Process().memory_info().rss + _UNCOUNTED + peak + (hidden if in_memory else 0)
+        # The weight, and its codes as they are, in one piece and packed.
+        head = max(head, 5 * plan.embeddings.out_features * plan.embeddings.in_features)
+    peak = max(block + max(grams + batch, searching), head, logits)
+    if load.device is not None and load.device.type != "cpu":
+        peak = block  # the rest takes the memory of that device
+    peak = max(peak, fetched if offloaded else 0)
+    memory = load.resident + _UNCOUNTED + peak + (hidden if in_memory else 0)
 
     packed = sum(
         spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
     )
     disk = (packed if keeps_results else 0) + (0 if in_memory else 2 * hidden)
-    return Estimate(memory, disk, _seconds(model, blocks, plan, tokens, held_out_tokens), hidden)
+    if load.keeps_statistics:
+        disk += grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
+    return Estimate(memory, disk, _seconds(model, blocks, plan, load), hidden)
 
 
-def _seconds(
-    model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, tokens: int, held_out_tokens: int
-) -> float:
-    forward = sums = 0.0
+def _seconds(model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, load: Load) -> float:
+    forward = sums = search = 0.0
+    tokens = load.tokens
     operations = _OPERATIONS + (0 if plan.config.effort == "fast" else _REFINING_OPERATIONS)
     for block in blocks:
         widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
-        forward += 2 * _linear_weights(block) * (tokens + 2 * held_out_tokens)
+        forward += 2 * _linear_weights(block) * (tokens + 2 * load.held_out_tokens)
         for leader in set(leaders_of(block, plan).values()):
-            sums += widths[leader] ** 2 * (tokens + 3 * widths[leader])
-        sums += sum(operations * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
+            sums += widths[leader] ** 2 * tokens
+            search += 3 * widths[leader] ** 3
+        search += sum(operations * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
     if plan.tunes:  # three passes in fp32 for each step, and those between quantized blocks
         weights = sum(_linear_weights(block) for block in blocks)
         sums += weights * (6 * STEPS * min(tokens, plan.batch_tokens) + 2 * tokens)
-    single, own = (_rate(dtype, model.device) for dtype in (torch.float32, model.dtype))
-    return _OTHER_TIME * (forward / own + sums / single)
+    else:
+        search /= load.processes
+    single, own = (_rate(dtype, load.device or model.device) for dtype in (torch.float32, model.dtype))
+    return _OTHER_TIME * (forward / own + (sums + search) / single)
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -151,44 +187,45 @@ def _bytes(module: nn.Module) -> int:
 
 
 def settle_memory(
-    model: PreTrainedModel,
-    plan: Plan,
-    tokens: int,
-    held_out_tokens: int,
-    *,
-    max_memory: int | None,
-    work_dir: Path | None,
+    model: PreTrainedModel, plan: Plan, load: Load, *, max_memory: int | None, work_dir: Path | None
 ) -> tuple[bool, Estimate]:
     """Whether what flows between blocks has to go to the disk, and what the run will take.
 
-    max_memory: the bytes this process may take at most; None: what there is.
-    Raises ConfigError, with the numbers, when the run does not fit into the memory or onto the disk.
+    max_memory: the bytes this process may take at most; None: what is free, beyond which there is only a warning.
+    Raises ConfigError, with the numbers, when the run does not fit into that memory or onto the disk.
     """
     offloaded = is_offloaded(plan.architecture.decoder_blocks(model))
     on_disk = work_dir is not None
-    found = estimate(model, plan, tokens, held_out_tokens, not on_disk, on_disk or offloaded)
-    spills = not on_disk and max_memory is not None and found.memory > max_memory
+    limit = max_memory or load.resident + psutil.virtual_memory().available // load.processes
+    found = estimate(model, plan, load, not on_disk, on_disk or offloaded)
+    spills = not on_disk and found.memory > limit
     if spills:
-        found = estimate(model, plan, tokens, held_out_tokens, False, True)
-    if max_memory is not None and found.memory > max_memory:
+        found = estimate(model, plan, load, False, True)
+    if found.memory > limit:
+        takes = (
+            f"quantizing this model takes {megabytes(found.memory)} of memory even with everything on the disk that "
+            "can be there"
+        )
         loaded = (
             ""
             if offloaded
             else ' The weights are in memory: from_pretrained(..., device_map="disk") leaves them in their files.'
         )
-        raise ConfigError(
-            f"quantizing this model takes {megabytes(found.memory)} of memory even with everything on the disk that "
-            f"can be there, but max_memory allows {megabytes(max_memory)}; raise it, or quantize on a larger machine."
-            f"{loaded}"
-        )
+        if max_memory is not None:
+            raise ConfigError(
+                f"{takes}, but max_memory allows {megabytes(max_memory)}; raise it, or quantize on a larger machine."
+                f"{loaded}"
+            )
+        warnings.warn(f"{takes}, but {megabytes(limit)} are free.{loaded}", stacklevel=4)
     if found.disk:
         directory = work_dir or Path(tempfile.gettempdir())
         free = shutil.disk_usage(
             next(place for place in (directory, *directory.absolute().parents) if place.exists())
         ).free
-        if found.disk > free:
+        kept = 0 if work_dir is None else sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file())
+        if found.disk - kept > free:
             raise ConfigError(
-                f"quantizing this model takes {megabytes(found.disk)} on the disk, but {directory} has "
+                f"quantizing this model takes {megabytes(found.disk - kept)} on the disk, but {directory} has "
                 f"{megabytes(free)} left; give a work_dir where there is more"
             )
     return spills, found

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from autoq.config import QuantConfig
+from autoq.config import EMBEDDINGS, QuantConfig
 from autoq.formats import LinearSpec
 from autoq.nn import QuantEmbedding
-from autoq.nn.spread import in_memory
+from autoq.nn.spread import hand_over, in_memory
 from autoq.quantization import awq, refinement
 from autoq.quantization.activations import device_of
 from autoq.quantization.plan import Plan, embeddings_of
 from autoq.quantization.ranks import Ranks
-from autoq.quantization.report import LinearReport
+from autoq.quantization.report import LinearReport, size_note
 from autoq.quantization.search import check_finite, cut
 from autoq.quantization.weight import QuantizedWeight, dequantize, fake_quantize, quantize
 
@@ -52,13 +52,14 @@ def quantize_embeddings(
         codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
         quantized = QuantEmbedding.from_weight(QuantizedWeight(codes, scales, zeros, spec.bits), dtype)
         tensors.update(quantized.state_dict())
-        wanted = config.embedding_group_size
-        note = "" if wanted in (-1, spec.group_size) else f"group size {wanted} does not divide its inputs"
-        return LinearReport(name, spec.bits, spec.group_size, before / energy, after / energy, tokens, note)
+        size, wanted = config.group_size_for(EMBEDDINGS, spec.in_features), config.embedding_group_size
+        note = size_note(size, wanted)
+        return LinearReport(name, spec.bits, size, before / energy, after / energy, tokens, note)
 
     line = ranks.alone(work)
     quantized = QuantEmbedding.empty(spec, dtype)
     quantized.load_state_dict(ranks.send(tensors, 0, home), strict=True, assign=True)
+    hand_over(embeddings, quantized)
     return quantized, line
 
 

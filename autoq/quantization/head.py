@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD
 from autoq.nn import QuantLinear
-from autoq.nn.spread import bring
-from autoq.quantization.activations import Activations, check_statistics, observe_head
+from autoq.nn.spread import bring, hand_over, is_offloaded
+from autoq.quantization.activations import Activations, check_statistics, device_of, observe_head
 from autoq.quantization.plan import Plan, head_of
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport
@@ -41,8 +41,10 @@ def quantize_head(
     known: results of an earlier search to apply; found: gets those of this one.
     """
     head = head_of(model)
-    bring(head, LM_HEAD)
-    home = head.weight.device
+    home = device_of(head)
+    if is_offloaded(head):
+        bring(head, LM_HEAD)
+        head.to(home)
     device = device or home
     statistics = _statistics(model, head, plan, activations, source, device)
     tensors: dict[str, Tensor] = {}
@@ -58,6 +60,7 @@ def quantize_head(
     line = ranks.alone(work)
     quantized = QuantLinear.empty(plan.specs[LM_HEAD], head.bias)
     quantized.load_state_dict(ranks.send(tensors, 0, home), strict=True, assign=True)
+    hand_over(head, quantized)
     return quantized, line
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
-from autoq.nn import QuantLinear, ScaledActivation
+from autoq.nn import QuantEmbedding, QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import bring, fetch_from_disk, hand_over, is_offloaded, remove_hooks
+from autoq.nn.spread import bring, fetch_from_disk, is_offloaded, remove_hooks
 from autoq.quantization.activations import check_statistics, device_of, observe
 from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
-from autoq.quantization.budget import settle_memory
+from autoq.quantization.budget import Load, resident_bytes, settle_memory
 from autoq.quantization.calibration import CalibrationSet
 from autoq.quantization.embeddings import quantize_embeddings
 from autoq.quantization.head import quantize_head
@@ -113,6 +114,7 @@ class Quantizer:
         self.model, self.calibration = model, calibration
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self._clock = Lock()
         self.plan = plan = Plan.of(model, config)
         self.run = run = run or Run()
         self.ranks = Ranks()
@@ -129,14 +131,19 @@ class Quantizer:
         }
         store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
         self.source = StatisticsSource(plan, calibration, store, self.ranks)
-        own = 1 / self.ranks.size
-        spills, expected = settle_memory(
-            self.model,
-            plan,
-            int(own * calibration.tokens) if self.source.collects else 0,
-            int(own * sum(len(sample) for sample in held_out)),
-            max_memory=run.max_memory,
-            work_dir=run.work_dir,
+        calibrating = self.ranks.share(calibration.samples) if self.source.collects else ()
+        held_out = self.ranks.share(held_out, "held-out") if held_out else ()
+        load = Load(
+            tokens=sum(map(len, calibrating)),
+            held_out_tokens=sum(map(len, held_out)),
+            longest=max(map(len, (*calibrating, *held_out)), default=0),
+            processes=self.ranks.size,
+            device=run.devices[0] if run.devices else None,
+            resident=int(self.ranks.largest(resident_bytes())),
+            keeps_statistics=store is not None and not store.is_complete,
+        )
+        spills, expected = self.ranks.alone(
+            lambda: settle_memory(model, plan, load, max_memory=run.max_memory, work_dir=run.work_dir)
         )
         keeps = run.work_dir is not None or spills
         self.workspace = Workspace(self._work_dir()) if keeps or is_offloaded(self.blocks) else None
@@ -146,20 +153,21 @@ class Quantizer:
                 print(f"{self.done} of {len(self.blocks)} blocks are done in {run.work_dir}; going on from there")
             print(f"quantizing takes {expected.for_share(1 - self.done / len(self.blocks))}")
         if config.target_bits is not None:
-            self.plan = plan = self._mix(config.target_bits)
+            with self._timed("measuring"):
+                self.plan = plan = self._mix(config.target_bits)
         # What takes the place of the model's own when the run ends, and its part of the report.
-        self.embeddings, self.embeddings_line = None, None
+        self.embeddings: QuantEmbedding | None = None
+        self.embeddings_line: LinearReport | None = None
         if plan.embeddings is not None:
             device = run.devices[0] if run.devices else None
             with self._timed("embeddings"):
-                found = quantize_embeddings(model, plan, self.ranks, device, self.source.tokens)
-            self.embeddings, self.embeddings_line = found
+                self.embeddings, self.embeddings_line = quantize_embeddings(
+                    model, plan, self.ranks, device, self.source.tokens
+                )
         folder = None
         if self.workspace is not None and keeps:
             folder = self.workspace.activations_path(self.ranks.rank, self.ranks.size)
-        calibrating = self.ranks.share(calibration.samples) if self.source.collects else ()
         probe = calibration.samples[0][:_PROBE_TOKENS]
-        held_out = self.ranks.share(held_out, "held-out") if held_out else ()
         self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done, self.embeddings)
 
     def _work_dir(self) -> Path:
@@ -188,9 +196,12 @@ class Quantizer:
             if run.held_out is not None:
                 samples["held-out samples"] = fingerprint_of_samples(run.held_out.samples)
             used = {"statistics collected earlier": not self.source.collects, "search results": digest}
-            self.workspace.open(len(self.blocks), {**settings, **samples}, used, self.ranks.size)
             done = self.workspace.finished(len(self.blocks))
-        self.source.open(self.plan, done, run.work_dir)
+            self.source.check(self.plan, done, run.work_dir)
+            self.workspace.open(len(self.blocks), {**settings, **samples}, used, self.ranks.size)
+        else:
+            self.source.check(self.plan, 0, None)
+        self.source.open()
         return known, done
 
     def _mix(self, target_bits: float) -> Plan:
@@ -229,14 +240,14 @@ class Quantizer:
         try:
             yield
         finally:
-            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+            with self._clock:
+                self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _walk(self) -> QuantizationReport:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
         or processes, a block is observed while those before it are searched."""
         report = QuantizationReport(self.source.description, self.source.tokens)
-        if self.embeddings_line is not None:
-            report.linears.append(self.embeddings_line)
+        report.embeddings = self.embeddings_line
         # A block that is tuned waits for what the one before gives.
         width = 1 if self.plan.tunes else max(len(self.run.devices), self.ranks.size)
         pending: list[_Search] = []
@@ -281,11 +292,9 @@ class Quantizer:
     def _place(self, ends: Mapping[str, nn.Module | None]) -> None:
         """Puts a quantized head and quantized embeddings in the place of the model's own. What was tied is untied."""
         for name, module in ends.items():
-            if module is None:
-                continue
-            hand_over(self.model.get_submodule(name), module)
-            replace_module(self.model, name, module)
-            self.model.config.tie_word_embeddings = False
+            if module is not None:
+                replace_module(self.model, name, module)
+                self.model.config.tie_word_embeddings = False
 
     def _begin(self, index: int, pool: ThreadPoolExecutor) -> _Search:
         """Fetches and observes a block; what is left is its search."""
@@ -308,9 +317,9 @@ class Quantizer:
         with self._timed("observing"):
             if not done and self.streams.calibration.batches:
                 alone = len(devices) <= 1
-                observed = observe(block, self.streams.calibration, self.plan, alone)
+                observed = observe(block, self.streams.calibration, self.plan, alone, home)
                 statistics = self.source.gather(block_key(index), observed, owner)
-            self.streams.through_full(index, block)
+            self.streams.through_full(index, block, home)
         if done:
             return _Search(index, block, home, device, offloaded, 0, None)
 
@@ -366,8 +375,8 @@ class Quantizer:
                 self.workspace.save_block(index, tensors, result)
         if self.run.awq_cache is not None:
             self.search.update(result.search)
-        with self._timed("judging"):
-            self.streams.through_quantized(index, block)
+        with self._timed("passing on"):
+            self.streams.through_quantized(index, block, search.home)
         if search.offloaded and self.workspace is not None:
             loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
             fetch_from_disk(self.model, prefix, loader, search.home)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from autoq.architectures import Architecture, ScaleGroup, architecture_of
 from autoq.architectures.base import named_linears
 from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
-from autoq.errors import QuantizationError
+from autoq.errors import ConfigError, QuantizationError
 from autoq.formats import LinearSpec, get_format
 from autoq.nn.spread import is_offloaded
 from autoq.quantization import awq
@@ -159,7 +159,7 @@ class Plan:
     def warn_if_undercalibrated(self, report: QuantizationReport) -> None:
         """Fewer tokens than input channels leave directions of the input unseen: the search would trust noise."""
         widths = self.in_features
-        starved = [entry for entry in report.quantized if entry.tokens < widths.get(entry.name, 0)]
+        starved = [entry for entry in report.quantized if entry.tokens < widths[entry.name]]
         if starved:
             worst = max(starved, key=lambda entry: widths[entry.name] / max(entry.tokens, 1))
             warnings.warn(
@@ -197,6 +197,9 @@ def _embeddings_spec(model: PreTrainedModel, config: QuantConfig) -> LinearSpec 
     if config.embedding_bits is None:
         return None
     name, embeddings = embeddings_of(model)
+    left = next((pattern for pattern in config.modules_to_not_convert if pattern in name), None)
+    if left is not None:
+        raise ConfigError(f"{left!r} is in modules_to_not_convert, but embedding_bits asks to quantize {name}")
     size = config.group_size_for(EMBEDDINGS, embeddings.embedding_dim)
     if size is None:
         raise QuantizationError(

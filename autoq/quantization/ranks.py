@@ -63,6 +63,14 @@ class Ranks:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def largest(self, value: float) -> float:
+        """The largest of the numbers that all processes give."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
     def tell(self, value: T, owner: int = 0) -> T:
         """What one process has, for all; a value that can be pickled."""
         if self.size == 1:

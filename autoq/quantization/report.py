@@ -18,7 +18,7 @@ class LinearReport:
         looked up: `|W' - W|^2 / |W|^2`.
     tokens: calibration tokens that reached it.
     note: why it was left alone or given another group size; empty otherwise.
-    clipped: share of the weights that the clip search cut; None when it was left as it is.
+    clipped: share of the weights that the clip search cut; None when it was left as it is, and of embeddings.
     """
 
     name: str
@@ -29,6 +29,11 @@ class LinearReport:
     tokens: int
     note: str = ""
     clipped: float | None = None
+
+
+def size_note(group_size: int | None, wanted: int) -> str:
+    """What the report notes of a group size beside the one asked for."""
+    return "" if group_size == wanted else f"group size {wanted} does not divide its inputs"
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,11 @@ class QuantizationReport:
     """The result of `model.quantize`.
 
     calibration: one line about the data; tokens: how many there were; seconds: the time of the whole run (of the last
-        part of it, if it was stopped and resumed); seconds_by_part: of this process, on reading blocks, observing what
-        their linears read, searching and rounding, writing them, and judging the result, and on the embeddings and
-        the head where they are quantized. On several devices searches overlap.
+        part of it, if it was stopped and resumed); seconds_by_part: of this process, on measuring how much each linear
+        matters, the embeddings, reading blocks, observing what their linears read, searching and rounding, sending
+        samples through the quantized blocks, writing these, the head, and judging the result. On several devices
+        searches overlap.
+    embeddings: their line, apart from those of the linears: their errors do not compare.
     held_out: the model's quality on other text; None where there was none.
     max_kl: the KL divergence there beyond which the model is not to be saved; None: any is fine.
     """
@@ -75,6 +82,7 @@ class QuantizationReport:
     linears: list[LinearReport] = field(default_factory=list)
     held_out: HeldOutReport | None = None
     max_kl: float | None = None
+    embeddings: LinearReport | None = None
     seconds_by_part: dict[str, float] = field(default_factory=dict)
 
     def check_quality(self) -> None:
@@ -113,7 +121,7 @@ class QuantizationReport:
             *([] if self.held_out is None else [str(self.held_out)]),
             f"{'linear':48} bits group  error: nearest -> searched  tokens",
         ]
-        for entry in self.linears:
+        for entry in [*([] if self.embeddings is None else [self.embeddings]), *self.linears]:
             if entry.error_before is None or entry.error_after is None:
                 lines.append(f"{entry.name:48} {'-':>4} {'-':>5}  {entry.note}")
                 continue

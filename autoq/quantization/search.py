@@ -21,7 +21,7 @@ from autoq.quantization import awq, refinement, tuning
 from autoq.quantization.activations import leaders_of, map_tensors, to_fp32
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.plan import Plan
-from autoq.quantization.report import LinearReport
+from autoq.quantization.report import LinearReport, size_note
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.weight import QuantizedWeight, dequantize, quantize
 
@@ -311,7 +311,7 @@ def report_of(
         error_before=before,
         error_after=after,
         tokens=inputs.tokens,
-        note="" if group_size == wanted else f"group size {wanted} does not divide its inputs",
+        note=size_note(group_size, wanted),
         clipped=clipped,
     )
 

@@ -39,24 +39,31 @@ class StatisticsSource:
         """How many of them there are."""
         return self._calibration.tokens if self.collects or self._store is None else self._store.tokens
 
-    def open(self, plan: Plan, done: int, work_dir: Path | None) -> None:
-        """Begins to fill the store; raises ConfigError if that, or a complete one, lacks what this run needs of it."""
+    def check(self, plan: Plan, done: int, work_dir: Path | None) -> None:
+        """Raises ConfigError if the store lacks what this run needs of it.
+
+        done: blocks that were done in `work_dir` before.
+        """
         store = self._store
         if store is None:
             return
         if self._fills:
-            store.begin()
             lacking = [name for name in map(block_key, range(done)) if not store.has(name)]
             if lacking:
                 raise ConfigError(
                     f"the run in {work_dir} was begun without statistics={str(store.directory)!r}, which lacks "
                     f"{lacking[0]}; leave statistics out, or begin anew with another work_dir"
                 )
-        elif LM_HEAD in plan.group_sizes and LM_HEAD not in store.names:
+        elif not self.collects and LM_HEAD in plan.group_sizes and LM_HEAD not in store.names:
             raise ConfigError(
                 f"the statistics in {store.directory} were collected without {LM_HEAD}; leave lm_head_bits out, or "
                 "give another directory to collect them again"
             )
+
+    def open(self) -> None:
+        """Begins to fill the store, if it is to be filled."""
+        if self._store is not None and self._fills:
+            self._store.begin()
 
     def gather(self, name: str, statistics: Mapping[str, InputStatistics], owner: int) -> dict[str, InputStatistics]:
         """What all processes collected, by leader, for the one that owns it; the others get nothing."""

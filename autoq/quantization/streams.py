@@ -59,17 +59,17 @@ class Streams:
         """Whether none has to go through a block as it was any more."""
         return not any(stream.is_at(index) for stream in self._full)
 
-    def through_full(self, index: int, block: nn.Module) -> None:
-        """Sends what is at a block through it, as it was."""
+    def through_full(self, index: int, block: nn.Module, home: torch.device) -> None:
+        """Sends what is at a block through it, as it was; the block came from `home`, and what it gives goes there."""
         for stream in self._full:
             if stream.is_at(index):
-                stream.advance(block)
+                stream.advance(block, home)
 
-    def through_quantized(self, index: int, block: nn.Module) -> None:
-        """Sends what is at a block through it, quantized."""
+    def through_quantized(self, index: int, block: nn.Module, home: torch.device) -> None:
+        """The same, once the block is quantized."""
         for stream in self._quantized:
             if stream.is_at(index):
-                stream.advance(block)
+                stream.advance(block, home)
 
     def forget(self, index: int) -> None:
         """Deletes the inputs of the blocks before one that a stopped run would not go back to."""
