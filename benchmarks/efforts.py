@@ -11,10 +11,8 @@ each row, and goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from quality import parse_config
+from rows import conditions_of, kept_rows, options_of, write_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -33,8 +32,7 @@ from autoq.evaluation import kl_divergence
 
 def main() -> None:
     arguments = _arguments()
-    kept = arguments.output.with_suffix(".json")
-    rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    rows = kept_rows(arguments.output, conditions_of(arguments))
     done = {(row["model"], row["config"]) for row in rows}
     for config in arguments.configs:
         for directory in arguments.models:
@@ -119,18 +117,14 @@ def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     ]
     models = " ".join(dict.fromkeys(row["model"] for row in rows))
     configs = " ".join(dict.fromkeys(row["config"] for row in rows))
-    windows = f"--max-windows {arguments.max_windows} " if arguments.max_windows else ""
-    command = (
-        f"`python benchmarks/efforts.py --models {models} --configs {configs} {windows}"
-        f"--calibration {arguments.calibration.name} --text {arguments.text.name} "
+    lines.append(
+        f"`python benchmarks/efforts.py --models {models} --configs {configs} {options_of(conditions_of(arguments))} "
         f"--autoawq-results {arguments.autoawq_results.name}`, in one run or several; "
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}."
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join([*lines, command, ""]))
+    write_rows(arguments.output, conditions_of(arguments), versions, rows, lines)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(main())
+    main()

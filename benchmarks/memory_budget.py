@@ -2,9 +2,10 @@
 
     python benchmarks/memory_budget.py --directory DIR [--shape llama-2-7b] [--max-memory 6GiB] [--samples 32]
 
-Random weights of the shape are written to DIR/model once (13 GB for Llama-2-7B's), one block at a time. Another process
-then quantizes them from the disk, with DIR/work to resume from if it is stopped; what it measures is its own peak, of
-all memory it has mapped. The calibration tokens are random: neither time nor memory depend on what they say.
+Random weights of the shape are written to a directory in DIR once (13 GB for Llama-2-7B's), one block at a time.
+Another process then quantizes them from the disk, and goes on where it was if it is stopped and started again; what it
+measures is its own peak, of all memory it has mapped. The calibration tokens are random: neither time nor memory depend
+on what they say.
 """
 
 from __future__ import annotations
@@ -36,16 +37,24 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(_quantize(arguments)))
         return
-    model = arguments.directory / "model"
+    model = _place(arguments) / "model"
     if not (model / "config.json").is_file():
         _write_checkpoint(model, arguments)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     done = subprocess.run([sys.executable, __file__, "--worker", *sys.argv[1:]], check=True, stdout=subprocess.PIPE)
+    shutil.rmtree(_place(arguments) / "work")
     result = {"checkpoint": size, **json.loads(done.stdout.splitlines()[-1])}
     text = _table(result, arguments)
     print(text)
     arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     arguments.output.with_suffix(".md").write_text(text + "\n")
+
+
+def _place(arguments: argparse.Namespace) -> Path:
+    """Where a checkpoint of this shape and what is made of it are kept."""
+    layers = "" if arguments.layers is None else f"-{arguments.layers}-blocks"
+    place: Path = arguments.directory / f"{arguments.shape}{layers}"
+    return place
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,8 +97,9 @@ def _write_checkpoint(directory: Path, arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+    resumed_at = len(list((_place(arguments) / "work").glob("block-*.safetensors")))
     start = time.perf_counter()
-    model = AutoQForCausalLM.from_pretrained(arguments.directory / "model", device_map="disk")
+    model = AutoQForCausalLM.from_pretrained(_place(arguments) / "model", device_map="disk")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
     loaded = time.perf_counter()
@@ -100,13 +110,13 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         max_calib_samples=arguments.samples,
         max_calib_seq_len=arguments.length,
         max_memory=arguments.max_memory,
-        work_dir=arguments.directory / "work",
+        work_dir=_place(arguments) / "work",
     )
     quantized = time.perf_counter()
     peak = peak_process_bytes()
-    model.save_quantized(arguments.directory / "quantized")
+    model.save_quantized(_place(arguments) / "quantized")
     saved = time.perf_counter()
-    size = sum(path.stat().st_size for path in (arguments.directory / "quantized").glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (_place(arguments) / "quantized").glob("*.safetensors"))
     return {
         "load_seconds": loaded - start,
         "quantize_seconds": quantized - loaded,
@@ -116,21 +126,26 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         "result": size,
         "seconds_by_part": report.seconds_by_part,
         "blocks": model.config.num_hidden_layers,
+        "resumed_at": resumed_at,
         "memory_of_the_machine": psutil.virtual_memory().total,
     }
 
 
 def _table(result: dict[str, Any], arguments: argparse.Namespace) -> str:
+    resumed = ""
+    if result["resumed_at"]:
+        resumed = f"The seconds are of the blocks from number {result['resumed_at']} on: the run was resumed there.\n\n"
     return (
         "| checkpoint | blocks | allowed | peak | quantizing (s) | a block (s) | saving (s) | result |\n"
         "|---|---|---|---|---|---|---|---|\n"
         f"| {megabytes(result['checkpoint'])} | {result['blocks']} | {arguments.max_memory} "
         f"| {megabytes(result['peak'])} "
-        f"| {result['quantize_seconds']:.0f} | {result['quantize_seconds'] / result['blocks']:.0f} "
+        f"| {result['quantize_seconds']:.0f} "
+        f"| {result['quantize_seconds'] / max(result['blocks'] - result['resumed_at'], 1):.0f} "
         f"| {result['save_seconds']:.0f} | {megabytes(result['result'])} |\n\n"
         f"Of the seconds: {', '.join(f'{part} {spent:.0f}' for part, spent in result['seconds_by_part'].items())}.\n\n"
-        f"`python benchmarks/memory_budget.py --shape {arguments.shape} --samples {arguments.samples} --max-memory "
-        f"{arguments.max_memory}`: {arguments.samples} x {arguments.length} tokens; "
+        f"{resumed}`python benchmarks/memory_budget.py --shape {arguments.shape} --samples {arguments.samples} "
+        f"--length {arguments.length} --max-memory {arguments.max_memory}`; "
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, autoq {__version__}."
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from rows import conditions_of, kept_rows, options_of, write_rows
 from transformers import AutoTokenizer
 
 from autoq import AutoQForCausalLM, __version__
@@ -35,8 +36,7 @@ _SETTINGS = (
 
 def main() -> None:
     arguments = _arguments()
-    kept = arguments.output.with_suffix(".json")
-    rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    rows = kept_rows(arguments.output, conditions_of(arguments))
     for directory in arguments.models:
         for settings in arguments.settings:
             if not any(row["model"] == directory.name and row["settings"] == settings for row in rows):
@@ -87,7 +87,6 @@ def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "python": platform.python_version(),
     }
     models = " ".join(dict.fromkeys(row["model"] for row in rows))
-    windows = f" --max-windows {arguments.max_windows}" if arguments.max_windows else ""
     lines = [
         "Weights of the saved checkpoint (what is not quantized in fp16), and KL divergence to full precision x 1000",
         "on held-out text. Groups of 128 where they divide, the default effort.",
@@ -96,13 +95,10 @@ def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "|---|---|---|---|",
         *map(_line, rows),
         "",
-        f"`python benchmarks/settings.py --models {models}{windows} --calibration {arguments.calibration.name} "
-        f"--text {arguments.text.name}`; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        "",
+        f"`python benchmarks/settings.py --models {models} {options_of(conditions_of(arguments))}`, in one run or "
+        f"several; {', '.join(f'{k} {v}' for k, v in versions.items())}.",
     ]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(lines))
+    write_rows(arguments.output, conditions_of(arguments), versions, rows, lines)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from machine import device_name
 from quality import parse_config
+from rows import conditions_of, kept_rows, options_of, write_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -32,8 +33,7 @@ from autoq.evaluation import kl_divergence
 
 def main() -> None:
     arguments = _arguments()
-    kept = arguments.output.with_suffix(".json")
-    rows = json.loads(kept.read_text()) if kept.is_file() else []
+    rows = kept_rows(arguments.output, conditions_of(arguments))
     for config in arguments.configs:
         for directory in arguments.models:
             key = {"model": directory.name, "config": config, "steps": arguments.steps, "batch": arguments.batch}
@@ -109,7 +109,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    windows = f"--max-windows {arguments.max_windows} " if arguments.max_windows else ""
+    versions = {
+        "auto-round": rows[-1]["auto-round"]["version"],
+        "autoq": __version__,
+        "torch": torch.__version__,
+        "processor": device_name(torch.device("cpu")),
+    }
     lines = [
         "KL divergence to full precision x 1000 on held-out text, and seconds; both one after the other in one run.",
         "",
@@ -117,15 +122,11 @@ def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "|---|---|---|---|---|",
         *map(_line, rows),
         "",
-        f"`python benchmarks/tuning_peers.py --models {' '.join(dict.fromkeys(row['model'] for row in rows))} {windows}"
-        f"--calibration {arguments.calibration.name} --text {arguments.text.name}`, in one run or several; auto-round "
-        f"{rows[-1]['auto-round']['version']}, autoq {__version__}, torch {torch.__version__}, "
-        f"{device_name(torch.device('cpu'))}.",
-        "",
+        f"`python benchmarks/tuning_peers.py --models {' '.join(dict.fromkeys(row['model'] for row in rows))} "
+        f"{options_of(conditions_of(arguments))}`, in one run or several; "
+        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.",
     ]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(lines))
+    write_rows(arguments.output, conditions_of(arguments), versions, rows, lines)
 
 
 if __name__ == "__main__":

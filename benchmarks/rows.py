@@ -1,0 +1,46 @@
+"""Rows that a benchmark writes one at a time, and goes on with in another run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def conditions_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a table have in common: the data they were measured on."""
+    return {
+        "calibration": arguments.calibration.name,
+        "text": arguments.text.name,
+        "window": arguments.window,
+        "max_windows": arguments.max_windows,
+    }
+
+
+def options_of(conditions: dict[str, Any]) -> str:
+    """The same as a command's options."""
+    given = {name: value for name, value in conditions.items() if value is not None}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+
+
+def kept_rows(output: Path, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that earlier runs have written; exits if they are of other data."""
+    path = output.with_suffix(".json")
+    if not path.is_file():
+        return []
+    kept = json.loads(path.read_text())
+    if kept["conditions"] != conditions:
+        raise SystemExit(f"{path} holds rows of {kept['conditions']}, not of {conditions}; give another --output")
+    rows: list[dict[str, Any]] = kept["rows"]
+    return rows
+
+
+def write_rows(
+    output: Path, conditions: dict[str, Any], versions: dict[str, Any], rows: list[dict[str, Any]], lines: list[str]
+) -> None:
+    """Writes the rows and a text about them."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"conditions": conditions, "versions": versions, "rows": rows}
+    output.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
