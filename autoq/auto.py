@@ -18,7 +18,7 @@ from autoq.config import QuantConfig
 from autoq.errors import CalibrationError, CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
 from autoq.loading import find_checkpoint, first_line, leave_on_disk, load_quantized
-from autoq.nn import QuantLinear
+from autoq.nn import QuantLinear, shares_head
 from autoq.nn.block import fuse_blocks
 from autoq.nn.spread import connect, disconnect, is_offloaded, remove_hooks
 from autoq.nn.steps import RecordedSteps, record_steps
@@ -320,7 +320,10 @@ class AutoQForCausalLM(nn.Module):
                 "some weights of this model are offloaded, so it can be neither moved nor cast; load it again with the "
                 "device_map and the torch_dtype it should have"
             )
+        shared = shares_head(self.model)
         super()._apply(fn, recurse)
+        if shared:
+            self.model.get_output_embeddings().take_weight_of(self.model.get_input_embeddings())
         if isinstance(forward := self.model.__dict__.get("forward"), RecordedSteps):
             forward.forget()  # what they hold would stay where the model was
         if getattr(self.model, "hf_device_map", None) is not None:

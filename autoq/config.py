@@ -52,8 +52,9 @@ class QuantConfig:
         part of the bytes that a token reads. Other engines cannot load a checkpoint with a quantized head.
     lm_head_group_size: weights of the head that share a scale.
     embedding_bits: width of the codes of the token embeddings; None leaves them as they are. They take no time, but in
-        a small model, or one of a large vocabulary, much of the memory. A head that is tied to them is untied: each is
-        then as its own setting says. Other engines cannot load a checkpoint with quantized embeddings.
+        a small model, or one of a large vocabulary, much of the memory. A head that is tied to them shares their codes
+        if it has the same settings; otherwise it is untied, and each is as its own settings say. Other engines cannot
+        load a checkpoint with quantized embeddings.
     embedding_group_size: weights of a token's embedding that share a scale.
     module_group_sizes: the linears whose group size differs from `group_size`; filled in by quantization.
     module_bits: the linears whose width differs from `bits`; filled in by quantization for `target_bits`.

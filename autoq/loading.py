@@ -19,10 +19,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from autoq.architectures import architecture_of, known_model_types
 from autoq.checkpoint import CONFIG, CheckpointReader, read_json
-from autoq.config import EMBEDDINGS, QuantConfig
+from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import CheckpointError, ConfigError
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
-from autoq.nn import QuantEmbedding, QuantLinear, ScaledActivation
+from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import connect, fetch_from_disk
 from autoq.ops import PackedWeight, pack
@@ -39,10 +39,11 @@ _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 
 class _Stored(NamedTuple):
-    """A quantized linear of a checkpoint, or its embeddings, and how they are stored."""
+    """A quantized linear of a checkpoint, or its embeddings, how they are stored, and under which name."""
 
     spec: LinearSpec
     layout: Format
+    name: str
 
 
 def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
@@ -119,6 +120,7 @@ def load_quantized(
                 # Only tensors in memory can be one; where they are fetched, each needs its own.
                 loader.put(name, reader.read(source).to(model.dtype))
         loader.finish()
+        _share_weights(model, quantized)
     _read_generation_config(model, directory)
     return model.eval(), quant_config
 
@@ -246,11 +248,19 @@ def _insert_quantized_modules(
             raise CheckpointError(f"{directory}: {name} is quantized, but {obstacle}")
         for leaf, wanted in layout.tensors(spec).items():
             reader.check(f"{name}.{leaf}", wanted)
-        found[name] = _Stored(spec, layout)
+        found[name] = _Stored(spec, layout, name)
         if isinstance(module, nn.Linear):
             replace_module(model, name, QuantLinear.empty(spec, module.bias))
         else:
             replace_module(model, name, QuantEmbedding.empty(spec, model.dtype))
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, QuantEmbedding):
+        head = model.get_output_embeddings()
+        if model.config.tie_word_embeddings and isinstance(head, nn.Linear):
+            stored = next(entry for name, entry in found.items() if model.get_submodule(name) is embeddings)
+            found[LM_HEAD] = stored
+            replace_module(model, LM_HEAD, QuantLinear(embeddings.spec, embeddings.packed(), head.bias))
+        model.config.tie_word_embeddings = False  # transformers could not tie them
     if not found:
         raise CheckpointError(f"{directory} says it is quantized, but holds no quantized linear of this model")
     return found
@@ -285,7 +295,7 @@ def _check_tensors(
     tied: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless the checkpoint holds exactly the tensors this model has."""
-    known = {f"{name}.{leaf}" for name, (spec, layout) in quantized.items() for leaf in layout.tensors(spec)}
+    known = {f"{name}.{leaf}" for spec, layout, name in quantized.values() for leaf in layout.tensors(spec)}
     for name, tensor in _plain_tensors(model, quantized):
         known.add(name)
         if name in tied:
@@ -316,16 +326,27 @@ def _tensors(
     tied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
-    for name, (spec, layout) in quantized.items():
+    for spec, layout, name in dict.fromkeys(quantized.values()):
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
         packed = pack(layout.unpack(tensors, spec))
         for leaf, buffer in packed._asdict().items():
-            yield f"{name}.{leaf}", buffer
+            for user in (user for user, stored in quantized.items() if stored.name == name):
+                yield f"{user}.{leaf}", buffer
     for name, tensor in _plain_tensors(model, quantized):
         if name not in tied:
             yield name, reader.read(name).to(tensor.dtype)
+
+
+def _share_weights(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> None:
+    """Has modules that are stored as one share their tensors, where they are on one device."""
+    for name, stored in quantized.items():
+        module, source = model.get_submodule(name), model.get_submodule(stored.name)
+        assert isinstance(module, QuantModule)
+        assert isinstance(source, QuantModule)
+        if module is not source and module.codes.device == source.codes.device and not module.codes.is_meta:
+            module.take_weight_of(source)
 
 
 class _Loader:

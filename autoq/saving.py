@@ -16,7 +16,7 @@ from autoq.checkpoint import CONFIG, REPORT, write_checkpoint
 from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
 from autoq.formats import get_format
-from autoq.nn import QuantModule
+from autoq.nn import QuantModule, shares_head
 from autoq.nn.spread import in_memory, is_offloaded
 from autoq.ops import PackedWeight
 from autoq.placement import tied_names
@@ -55,7 +55,10 @@ def save_model(
     """
     if shard_size is None:
         shard_size = "500MB" if is_offloaded(model) else "5GB"
-    documents = {CONFIG: _to_json(_config_dict(model.config, config))}
+    values = _config_dict(model.config, config)
+    if shares_head(model):
+        values["tie_word_embeddings"] = True
+    documents = {CONFIG: _to_json(values)}
     if model.can_generate():
         documents["generation_config.json"] = model.generation_config.to_json_string()
     if report is not None:
@@ -82,8 +85,9 @@ def _tensors(model: PreTrainedModel, config: QuantConfig) -> Iterator[tuple[str,
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(module, QuantModule) and leaf in PackedWeight._fields:
-            if leaf == PackedWeight._fields[0]:
-                embeddings = module is model.get_input_embeddings()
+            embeddings = module is model.get_input_embeddings()
+            shared = owner == LM_HEAD and shares_head(model)  # and saved as the embeddings
+            if leaf == PackedWeight._fields[0] and not shared:
                 layout = get_format(config.version_for(EMBEDDINGS if embeddings else owner))
                 with in_memory(module, owner):
                     packed = layout.pack(module.quantized_weight())
@@ -130,7 +134,8 @@ def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
         notes += "\nThis format is autoq's own; other engines cannot load it.\n"
     widths = sorted({config.bits, *config.module_bits.values()})
     if report is not None:
-        widths = sorted({line.bits for line in report.quantized if line.bits is not None and line.name != LM_HEAD})
+        found = {line.bits for line in report.quantized if line.bits is not None and line.name != LM_HEAD}
+        widths = sorted(found) or widths
     bits = f"{', '.join(map(str, widths[:-1]))} or {widths[-1]} bits" if len(widths) > 1 else f"{widths[0]} bits"
     ranges = "zero points" if config.zero_point else "symmetric"
     return _MODEL_CARD.format(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, VARIANTS, Variant, quantized, samples, variant
+from safetensors.torch import load_file
 from torch import nn
 
 from autoq import AutoQForCausalLM, QuantConfig, ops
 from autoq.errors import OperatorError, QuantizationError
 from autoq.formats import LinearSpec
-from autoq.nn import QuantEmbedding, QuantLinear
+from autoq.nn import QuantEmbedding, QuantLinear, shares_head
 from autoq.quantization.embeddings import round_rows
 from autoq.quantization.weight import dequantize, quantize
 
@@ -120,6 +122,45 @@ def test_a_saved_model_is_the_same_fused_or_not(case: Variant, head: dict[str, A
     files = [directory / "model.safetensors" for directory in (tmp_path, tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "embeddings have 3 bits" in (tmp_path / "README.md").read_text()
+
+
+def test_a_tied_head_with_the_same_settings_shares_the_codes(tmp_path: Path) -> None:
+    case = variant("llama-tied")
+    both = {"embedding_bits": 8, "embedding_group_size": 32, "lm_head_bits": 8, "lm_head_group_size": 32}
+    model, plain = quantized(case, **both), quantized(case)
+    assert shares_head(model.model)
+    line = model.report.linears[-1]
+    assert (line.name, line.bits, line.group_size, line.note) == ("lm_head", 8, 32, "tied to the embeddings")
+    assert "tied to the embeddings" in str(model.report)
+    ids = samples()[0][None]
+    with torch.no_grad():
+        logits, wanted = model(ids).logits, plain(ids).logits
+        assert 0 < (logits - wanted).norm() < 0.05 * wanted.norm()
+    model.to(torch.bfloat16)
+    assert shares_head(model.to(torch.float32).model)
+    with torch.no_grad():
+        logits = model(ids).logits  # the norms were rounded
+    model.save_quantized(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.embed_tokens.qweight" in names
+    assert not any(name.startswith("lm_head") for name in names)
+    again = AutoQForCausalLM.from_quantized(tmp_path, device_map="cpu", torch_dtype="float32")
+    assert shares_head(again.model)
+    with torch.no_grad():
+        assert (again(ids).logits - logits).norm() < 1e-4 * logits.norm()
+    again.save_quantized(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == names
+    on_disk = AutoQForCausalLM.from_quantized(tmp_path, device_map="disk")
+    with torch.no_grad():
+        assert (on_disk(ids).logits - logits).norm() < 0.05 * logits.norm()
+    on_disk.save_quantized(tmp_path / "third")
+    third = AutoQForCausalLM.from_quantized(tmp_path / "third", device_map="cpu", torch_dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(third(ids).logits, again(ids).logits)
+    other = quantized(case, **{**both, "lm_head_bits": 4})
+    assert not shares_head(other.model)
+    assert not shares_head(quantized(variant("llama"), **both).model)
 
 
 def test_what_cannot_be_quantized_is_a_sentence() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from autoq import ops
 from autoq.formats.base import LinearSpec
@@ -40,6 +41,10 @@ class QuantModule(nn.Module):
     def packed(self) -> PackedWeight:
         """The tensors that the operators take."""
         return PackedWeight(self.codes, self.scales, self.zeros)
+
+    def take_weight_of(self, other: QuantModule) -> None:
+        """Has the tensors of another module with an equal weight in the place of its own."""
+        self.codes, self.scales, self.zeros = other.packed()
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         return ops.dequantize(self.packed(), self.spec.bits, self.spec.out_features, self.spec.in_features, dtype)
@@ -146,6 +151,12 @@ class QuantEmbedding(QuantModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {_settings_of(self.spec)}"
+
+
+def shares_head(model: PreTrainedModel) -> bool:
+    """Whether the output head of a model has the very codes of its embeddings."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return isinstance(embeddings, QuantEmbedding) and isinstance(head, QuantLinear) and head.codes is embeddings.codes
 
 
 def _spec_of(weight: QuantizedWeight) -> LinearSpec:

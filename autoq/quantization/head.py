@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoq.config import LM_HEAD
-from autoq.nn import QuantLinear
-from autoq.nn.spread import bring, hand_over, is_offloaded
+from autoq.nn import QuantEmbedding, QuantLinear
+from autoq.nn.spread import bring, hand_over, in_memory, is_offloaded
 from autoq.quantization.activations import Activations, check_statistics, device_of, observe_head
 from autoq.quantization.plan import Plan, head_of
 from autoq.quantization.ranks import Ranks
@@ -23,6 +23,22 @@ from autoq.quantization.search import (
 )
 from autoq.quantization.sources import StatisticsSource
 from autoq.quantization.statistics import InputStatistics
+
+
+def share_head(
+    model: PreTrainedModel, plan: Plan, embeddings: QuantEmbedding, tokens: int
+) -> tuple[QuantLinear, LinearReport]:
+    """A head that is tied to the embeddings with their codes, and its line of the report.
+
+    tokens: of the calibration, for the report.
+    """
+    head, spec = head_of(model), embeddings.spec
+    with in_memory(head, LM_HEAD):
+        bias = None if head.bias is None else head.bias.detach().clone()
+    quantized = QuantLinear(spec, embeddings.packed(), bias)
+    hand_over(head, quantized)
+    size = plan.group_sizes[LM_HEAD]
+    return quantized, LinearReport(LM_HEAD, spec.bits, size, None, None, tokens, "tied to the embeddings")
 
 
 def quantize_head(

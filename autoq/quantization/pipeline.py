@@ -32,7 +32,7 @@ from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_
 from autoq.quantization.budget import Load, resident_bytes, settle_memory
 from autoq.quantization.calibration import CalibrationSet
 from autoq.quantization.embeddings import quantize_embeddings
-from autoq.quantization.head import quantize_head
+from autoq.quantization.head import quantize_head, share_head
 from autoq.quantization.held_out import compare_held_out
 from autoq.quantization.plan import Plan, name_of_embeddings
 from autoq.quantization.ranks import Ranks
@@ -265,7 +265,10 @@ class Quantizer:
             while pending:
                 report.linears += self._settle(pending, bar)
         head = None
-        if LM_HEAD in self.plan.group_sizes:
+        if self.plan.shares_head and self.embeddings is not None:
+            head, line = share_head(self.model, self.plan, self.embeddings, self.source.tokens)
+            report.linears.append(line)
+        elif LM_HEAD in self.plan.group_sizes:
             with self._timed("head"):
                 head, line = quantize_head(
                     self.model,
@@ -282,15 +285,16 @@ class Quantizer:
             source = self.run.held_out.source
             with self._timed("judging"):
                 report.held_out = compare_held_out(self.model, self.plan, self.streams, head, self.ranks, source)
-        self._place({LM_HEAD: head, name_of_embeddings(self.model): self.embeddings})
         if self.ranks.is_first:
             if self.run.awq_cache is not None and self.known is None:
                 write_awq_cache(self.run.awq_cache, self.search)
             self.source.close(self.plan, len(self.blocks))
+        self._place({LM_HEAD: head, name_of_embeddings(self.model): self.embeddings})
         return report
 
     def _place(self, ends: Mapping[str, nn.Module | None]) -> None:
-        """Puts a quantized head and quantized embeddings in the place of the model's own. What was tied is untied."""
+        """Puts a quantized head and quantized embeddings in the place of the model's own, whose ties are gone with
+        them."""
         for name, module in ends.items():
             if module is not None:
                 replace_module(self.model, name, module)

@@ -82,6 +82,12 @@ class Plan:
             else:
                 self.left_alone[name] = obstacle
 
+    @property
+    def shares_head(self) -> bool:
+        """Whether the head is tied to the embeddings and has the same settings: then one set of codes serves both."""
+        tied = bool(getattr(self.model_config, "tie_word_embeddings", False))
+        return tied and self.embeddings is not None and self.specs.get(LM_HEAD) == self.embeddings
+
     def block_name(self, index: int) -> str:
         """The full name of a decoder block."""
         return f"{self.architecture.blocks}.{index}"

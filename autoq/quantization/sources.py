@@ -54,7 +54,7 @@ class StatisticsSource:
                     f"the run in {work_dir} was begun without statistics={str(store.directory)!r}, which lacks "
                     f"{lacking[0]}; leave statistics out, or begin anew with another work_dir"
                 )
-        elif not self.collects and LM_HEAD in plan.group_sizes and LM_HEAD not in store.names:
+        elif not self.collects and _searches_head(plan) and LM_HEAD not in store.names:
             raise ConfigError(
                 f"the statistics in {store.directory} were collected without {LM_HEAD}; leave lm_head_bits out, or "
                 "give another directory to collect them again"
@@ -85,7 +85,11 @@ class StatisticsSource:
         """Declares the store complete, once all is in it."""
         if self._store is not None and self._fills:
             names = [block_key(index) for index in range(blocks)]
-            self._store.finish(names + ([LM_HEAD] if LM_HEAD in plan.group_sizes else []))
+            self._store.finish(names + ([LM_HEAD] if _searches_head(plan) else []))
+
+
+def _searches_head(plan: Plan) -> bool:
+    return LM_HEAD in plan.group_sizes and not plan.shares_head
 
 
 def block_key(index: int) -> str:
