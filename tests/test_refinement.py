@@ -51,7 +51,7 @@ def test_a_descent_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     gram, weight = _data(96)
     start = quantize(weight, 4, 32)
     whole = descend(weight, gram, start)[0].codes
-    monkeypatch.setattr(refinement, "_BLOCK", 7)
+    monkeypatch.setattr(refinement, "BLOCK", 7)
     assert (whole != descend(weight, gram, start)[0].codes).float().mean() < 0.02  # fp32 sums in another order
 
 

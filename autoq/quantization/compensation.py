@@ -13,9 +13,9 @@ from torch import Tensor
 from autoq.quantization.weight import QuantizedWeight, nearest_codes
 
 # Share of the mean diagonal added to the Gram matrix: it bounds how far weights move on directions seldom seen.
-_DAMPING = 0.01
+DAMPING = 0.01
 # Channels rounded before the rest of the weight is updated, by one matrix product.
-_BLOCK = 128
+BLOCK = 128
 
 
 class Compensator:
@@ -30,7 +30,7 @@ class Compensator:
         gram = gram[self._order][:, self._order]
         # Only ratios matter; the largest entry becomes one, so that nothing over- or underflows.
         gram = gram / gram.diagonal().max().clamp(min=torch.finfo(gram.dtype).tiny)
-        damping = max(_DAMPING * float(gram.diagonal().mean()), torch.finfo(gram.dtype).eps)
+        damping = max(DAMPING * float(gram.diagonal().mean()), torch.finfo(gram.dtype).eps)
         # Correlations so strong that fp32 cannot factor the matrix need more damping. It ends: once the damping exceeds
         # the number of channels, the matrix is dominated by its diagonal.
         failed = torch.ones(())
@@ -54,8 +54,8 @@ class Compensator:
         # One row for each input channel, so that every step works on contiguous memory.
         values = weight.T[self._order]
         codes = torch.empty_like(values)
-        for start in range(0, len(values), _BLOCK):
-            block = slice(start, min(start + _BLOCK, len(values)))
+        for start in range(0, len(values), BLOCK):
+            block = slice(start, min(start + BLOCK, len(values)))
             errors = self._round_block(values[block], scales[block], zeros[block], codes[block], block, grid.bits)
             values[block.stop :].addmm_(self._update[block, block.stop :].T, errors, alpha=-1)
         natural = torch.empty_like(codes)

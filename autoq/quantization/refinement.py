@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoq.quantization.awq import FakeQuantize, diagonal_blocks, group_errors, row_chunks
+from autoq.quantization.compensation import BLOCK, DAMPING
 from autoq.quantization.weight import QuantizedWeight, dequantize, nearest_codes
 
 # Where an end of the range is tried, as shares of where it is.
@@ -25,10 +26,6 @@ RANGE_GRID = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 # Rounds of a descent and a refit. The first lowers the error by 3 or 4 hundredths, the second by 1 or 2, later ones by
 # less than one each.
 _ROUNDS = 2
-# Share of the mean diagonal added to the Gram matrix, as in compensated rounding.
-_DAMPING = 0.01
-# Channels descended on before the rest of the gradient is updated, by one matrix product.
-_BLOCK = 128
 
 
 class Ranges(NamedTuple):
@@ -101,7 +98,7 @@ def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> Quantize
     if not largest > 0:
         return quantized  # no input was ever active: nothing tells one code from another
     gram = gram / largest  # only ratios matter: nothing over- or underflows
-    gram.diagonal().add_(_DAMPING * gram.diagonal().mean())
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
     for _ in range(_ROUNDS):
         quantized, gradient = descend(weight, gram, quantized)
         quantized = refit_scales(gradient, gram, quantized)
@@ -120,8 +117,8 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> tuple[Q
     zeros = quantized.explicit_zeros().float().T[group_of]
     codes = quantized.codes.T.float().contiguous()
     gradient = gram @ ((codes - zeros) * scales - weight.T)
-    for start in range(0, len(codes), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(codes)))
+    for start in range(0, len(codes), BLOCK):
+        block = slice(start, min(start + BLOCK, len(codes)))
         before = codes[block].clone()
         near = gram[block, block]
         inside = gradient[block].clone()
