@@ -182,13 +182,9 @@ def _unpack_codes(words: Tensor, bits: int, out_features: int, in_features: int)
     row_blocks, _, _, lanes = words.shape
     # A clone, because `contiguous` leaves strides of dimensions of size 1 as they are, and `view` objects to them.
     words = words.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-    return _codes_of_rows(words.view(row_blocks * lanes, -1), bits)[:out_features, :in_features].contiguous()
-
-
-def _codes_of_rows(words: Tensor, bits: int) -> Tensor:
-    """The words of some rows, int32 `[rows, units * bits]`, as codes, uint8 `[rows, units * 32]`."""
-    packed = words.view(torch.uint8)
-    return _unpack_three_bits(packed) if bits == 3 else _split_fields(packed, bits)
+    packed = words.view(torch.uint8).view(row_blocks * lanes, -1)
+    codes = _unpack_three_bits(packed) if bits == 3 else _split_fields(packed, bits)
+    return codes[:out_features, :in_features].contiguous()
 
 
 def _join_fields(fields: Tensor, width: int) -> Tensor:
@@ -396,12 +392,13 @@ def _reference_embedding(
     if ids.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < num_embeddings:
         wrong = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
         raise OperatorError(f"the id {wrong} is not one of {num_embeddings} tokens; use the tokenizer of this model")
-    blocks, lanes = rows // LANES, rows % LANES
-    words = codes[blocks, :, :, lanes].contiguous().flatten(1)
-    weight = QuantizedWeight(
-        _codes_of_rows(words, bits)[:, :embedding_dim], scales[blocks, :, lanes], zeros[blocks, :, lanes], bits
-    )
-    return quantized.dequantize(weight, dtype).reshape(*ids.shape, embedding_dim)
+    # The rows become a weight of their own, which the kernels dequantize.
+    padded = functional.pad(rows, (0, -rows.numel() % LANES))
+    blocks, lanes = padded // LANES, padded % LANES
+    words = codes[blocks, :, :, lanes].reshape(-1, LANES, *codes.shape[1:3]).permute(0, 2, 3, 1).contiguous()
+    parameters = (_pack_parameters(part[blocks, :, lanes]) for part in (scales, zeros))
+    dense = _dequantize(words, *parameters, bits, rows.numel(), embedding_dim, dtype)
+    return dense.view(*ids.shape, embedding_dim)
 
 
 def _fake_embedding(
