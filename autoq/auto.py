@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
 from autoq.errors import CalibrationError, CheckpointError, ConfigError
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import find_checkpoint, first_line, leave_on_disk, load_quantized
+from autoq.loading import check_dtype, find_checkpoint, first_line, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear, shares_head
 from autoq.nn.block import fuse_blocks
 from autoq.nn.spread import connect, disconnect, is_offloaded, remove_hooks
@@ -100,6 +99,7 @@ class AutoQForCausalLM(nn.Module):
         architecture_of(config)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"{model_path} is quantized already; load it with AutoQForCausalLM.from_quantized")
+        check_dtype(torch_dtype)
         if device_map == "disk":
             others = [name for name in kwargs if name not in _HUB_OPTIONS]
             if others:
@@ -109,7 +109,7 @@ class AutoQForCausalLM(nn.Module):
             model = AutoModelForCausalLM.from_pretrained(
                 model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
             )
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"the model in {model_path} cannot be loaded ({first_line(error)})") from error
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
             # One way of moving tensors, for full-precision models as for quantized ones.
@@ -243,11 +243,12 @@ class AutoQForCausalLM(nn.Module):
         if not isinstance(quant_config, (QuantConfig, Mapping, type(None))):
             raise ConfigError(f"quant_config is {quant_config!r} but must be a dict or a QuantConfig")
         if isinstance(quant_config, QuantConfig):
-            # Other bits may need another format than the one the config settled on.
-            version = {"version": ""} if "bits" in settings else {}
-            config = dataclasses.replace(quant_config, **{**version, **settings})
+            config = quant_config.updated(settings)
         else:
             config = QuantConfig.from_dict({**(quant_config or {}), **settings})
+        for name, value in (("max_calib_samples", max_calib_samples), ("max_calib_seq_len", max_calib_seq_len)):
+            if type(value) is not int or value < 1:
+                raise CalibrationError(f"{name} is {value!r}; it should be a number of at least 1")
         context = context_length(self.model.config)
         if context is not None and max_calib_seq_len > context:
             if Ranks().is_first:
@@ -257,10 +258,6 @@ class AutoQForCausalLM(nn.Module):
             raise ConfigError(f"max_kl is {max_kl!r}; it should be a positive number of nats, such as 0.05")
         if type(max_eval_samples) is not int or max_eval_samples < 0:
             raise ConfigError(f"max_eval_samples is {max_eval_samples!r}; it should be a number of samples, 0 for none")
-
-        for name, value in (("max_calib_samples", max_calib_samples), ("max_calib_seq_len", max_calib_seq_len)):
-            if type(value) is not int or value < 1:
-                raise CalibrationError(f"{name} is {value!r}; it should be a number of at least 1")
 
         def load(data: Any, count: int) -> CalibrationSet:
             return load_calibration(
@@ -283,10 +280,11 @@ class AutoQForCausalLM(nn.Module):
             held_out = None  # too little is left over to be shared
         if max_kl is not None and held_out is None:
             raise ConfigError(
-                "max_kl needs text that takes no part in the calibration, but none is left over; pass some as eval_data"
+                "max_kl needs text that takes no part in the calibration, but none is left over; pass some as "
+                "eval_data, and leave max_eval_samples above 0"
             )
         for name, path in (("work_dir", work_dir), ("statistics", statistics), ("awq_cache", awq_cache)):
-            if not isinstance(path, (str, Path, type(None))):
+            if not isinstance(path, (str, Path, type(None))) or path == "":
                 raise ConfigError(f"{name} is {path!r}; it should be a path")
         run = Run(
             devices=_devices(device),

@@ -184,11 +184,16 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         # Tensors that share memory (views, ties) would be refused: each is saved on its own.
-        save_file(
-            {name: tensor.clone() if tensor._base is not None else tensor for name, tensor in self._pending.items()},
-            self._shard(len(self._shards)),
-            metadata={"format": "pt"},
-        )
+        tensors = {
+            name: tensor.clone() if tensor._base is not None else tensor for name, tensor in self._pending.items()
+        }
+        try:
+            save_file(tensors, self._shard(len(self._shards)), metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self._directory.parent} could not be written to ({error}); make room or choose another place. What "
+                "was there before is as it was"
+            ) from None
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -118,6 +118,14 @@ class QuantConfig:
         """
         return cls(**_settings(values))
 
+    def updated(self, values: Mapping[str, Any]) -> QuantConfig:
+        """With other settings in the place of some, by any of their names; raises ConfigError as `from_dict`."""
+        names = {_LEGACY_KEYS.get(name, name) for name in values}
+        settings = {name: value for name, value in _settings(values).items() if name in names}
+        # Other bits may need another format than the one this config settled on.
+        version = {"version": ""} if names & {"bits", "target_bits", "module_bits"} else {}
+        return dataclasses.replace(self, **{**version, **settings})
+
     @classmethod
     def from_checkpoint(cls, values: Mapping[str, Any]) -> QuantConfig:
         """From the `quantization_config` of a checkpoint; what other writers add to it is ignored."""
@@ -203,7 +211,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         name = _LEGACY_KEYS.get(key, key)
         if name not in known:
             raise ConfigError(f"unknown setting {key!r} in the quantization config; known are {sorted(known)}")
-        if settings.get(name, value) != value:
+        if name in settings and settings[name] != value:
             raise ConfigError(f"the quantization config gives {name!r} twice, as {settings[name]!r} and {value!r}")
         settings[name] = value
     if isinstance(settings.get("version"), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import tempfile
@@ -194,13 +195,20 @@ def _model_config(directory: Path, config: Mapping[str, Any]) -> PretrainedConfi
         ) from None
 
 
+def check_dtype(torch_dtype: torch.dtype | str) -> None:
+    """Raises ConfigError for a dtype that models are not run in."""
+    named = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
+    if torch_dtype != "auto" and named not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"torch_dtype is {torch_dtype!r}; it should be float32, bfloat16, float16 or 'auto'")
+
+
 def _resolve_dtype(torch_dtype: torch.dtype | str, config: PretrainedConfig) -> torch.dtype:
+    check_dtype(torch_dtype)
     if torch_dtype == "auto":
         torch_dtype = getattr(config, "dtype", None) or torch.float16
+        check_dtype(torch_dtype)
     if isinstance(torch_dtype, str):
-        torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."), torch_dtype)
-    if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"torch_dtype is {torch_dtype!r}; it should be float32, bfloat16, float16 or 'auto'")
+        torch_dtype = getattr(torch, torch_dtype.removeprefix("torch."))
     assert isinstance(torch_dtype, torch.dtype)
     return torch_dtype
 
@@ -212,8 +220,9 @@ def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if dtype == torch.float32:
                 return model
-            # What is computed is computed in fp32, as in transformers' own loading, whatever the weights' dtype.
-            precise = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            # What is computed is computed in fp32, as in transformers' own loading, whatever the weights' dtype. A
+            # model notes its dtype in its config: this one in another.
+            precise = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         stored = model.state_dict().keys()
         for name, buffer in precise.named_buffers():
             if name not in stored:
@@ -359,10 +368,11 @@ class _Loader:
         self._offload_index: dict[str, Any] = {}
         self._folder = ""
         if "disk" in self._devices.values():
-            self._folder = str(offload_folder or tempfile.mkdtemp(prefix="autoq-offload-"))
-            if offload_folder is None:
-                weakref.finalize(model, shutil.rmtree, self._folder, ignore_errors=True)
-            Path(self._folder).mkdir(parents=True, exist_ok=True)
+            # A directory of its own: another model's tensors have the same names.
+            if offload_folder is not None:
+                Path(offload_folder).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.mkdtemp(prefix="autoq-offload-", dir=offload_folder)
+            weakref.finalize(model, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Straight from the file's memory to the device: no device holds more than its own."""

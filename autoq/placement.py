@@ -308,14 +308,15 @@ def memory_budgets(max_memory: Mapping[int | str, int | str] | None) -> dict[Dev
 def byte_count(size: Any, name: str) -> int:
     """A number of bytes, given as one or as a string such as "20GiB"; `name` is what the error calls it."""
     count = _byte_count(size)
-    if count is None:
+    if not count:
         raise ConfigError(f"{name} is {size!r}; it should be a number of bytes or a string such as '20GiB'")
     return count
 
 
 def _byte_count(size: Any) -> int | None:
     try:
-        count = convert_file_size_to_int(size) if isinstance(size, str) else size
+        # In capitals: a small b would be taken for bits.
+        count = convert_file_size_to_int(size.strip().upper()) if isinstance(size, str) else size
     except ValueError:
         return None
     return count if type(count) is int and count >= 0 else None

@@ -456,3 +456,30 @@ def test_killed_while_saving_nothing_half_written_loads(tmp_path: Path) -> None:
     models[0].save_quantized(out)
     assert torch.equal(_logits(AutoQForCausalLM.from_quantized(out, device_map="cpu")), expected[0])
     assert not list(tmp_path.glob(".*"))
+
+
+def test_two_models_share_an_offload_folder(tmp_path: Path) -> None:
+    names = ("llama", "llama-biases")
+    for name in names:
+        quantized(variant(name)).save_quantized(tmp_path / name)
+    ids = samples()[0][None]
+
+    def load(name: str) -> AutoQForCausalLM:
+        return AutoQForCausalLM.from_quantized(tmp_path / name, device_map="disk", offload_folder=tmp_path / "folder")
+
+    first = load(names[0])
+    with torch.no_grad():
+        before = first(ids).logits
+        load(names[1])
+        assert torch.equal(first(ids).logits, before)
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = quantized(variant("llama"))
+    monkeypatch.setattr("autoq.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"could not be written to .*No space left on device.*make room"):
+        model.save_quantized(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -131,7 +131,8 @@ def test_a_tied_head_with_the_same_settings_shares_the_codes(tmp_path: Path) -> 
     assert shares_head(model.model)
     line = model.report.linears[-1]
     assert (line.name, line.bits, line.group_size, line.note) == ("lm_head", 8, 32, "tied to the embeddings")
-    assert "tied to the embeddings" in str(model.report)
+    assert "lm_head                                             8    32  tied to the embeddings" in str(model.report)
+    assert line not in model.report.worst
     ids = samples()[0][None]
     with torch.no_grad():
         logits, wanted = model(ids).logits, plain(ids).logits
@@ -159,6 +160,12 @@ def test_a_tied_head_with_the_same_settings_shares_the_codes(tmp_path: Path) -> 
     other = quantized(case, **{**both, "lm_head_bits": 4})
     assert not shares_head(other.model)
     assert not shares_head(quantized(variant("llama"), **both).model)
+
+
+@pytest.mark.parametrize(("given", "other"), [("embedding", "lm_head"), ("lm_head", "embedding")])
+def test_untying_that_takes_more_memory_is_said(given: str, other: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{given}_bits without {other}_bits: .*takes more memory"):
+        quantized(variant("llama-tied"), **{f"{given}_bits": 8})
 
 
 def test_what_cannot_be_quantized_is_a_sentence() -> None:

@@ -17,6 +17,7 @@ from autoq.architectures import architecture_of
 from autoq.architectures.base import named_linears
 from autoq.errors import AutoQError, ConfigError, QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
+from autoq.placement import byte_count
 from autoq.quantization import search, tuning
 from autoq.quantization.activations import Activations, observe
 from autoq.quantization.plan import Plan
@@ -322,6 +323,36 @@ def test_config_round_trip_and_legacy_names() -> None:
     saved = QuantConfig(zero_point=False).to_dict()
     assert (saved["quant_method"], saved["version"], saved["zero_point"]) == ("awq", "gemm", True)
     assert QuantConfig(bits=3).to_dict()["quant_method"] == "autoq"
+
+
+def test_settings_beside_a_config_go_by_any_name() -> None:
+    config = QuantConfig(bits=4, group_size=32)
+    assert config.updated({"w_bit": 3}) == QuantConfig(bits=3, group_size=32)
+    assert config.updated({"target_bits": 4.25}) == QuantConfig(group_size=32, target_bits=4.25)
+    assert config.updated({"modules_to_not_convert": ["x"]}).modules_to_not_convert == ("x",)
+    with pytest.raises(ConfigError, match="unknown setting 'foo'"):
+        config.updated({"foo": 1})
+    for name in ("target_bits", "embedding_bits"):
+        with pytest.raises(ConfigError, match=f"{name} is nan"):
+            QuantConfig.from_dict({name: float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"max_calib_seq_len": "512"}, "max_calib_seq_len is '512'"),
+        ({"max_memory": 0}, "max_memory is 0; it should be"),
+        ({"work_dir": ""}, "work_dir is ''; it should be a path"),
+    ],
+)
+def test_bad_values_of_a_run_are_sentences(run: dict[str, Any], message: str) -> None:
+    with pytest.raises(AutoQError, match=message):
+        AutoQForCausalLM(FAMILIES[0].model()).quantize(None, {}, samples(), progress=False, **run)
+
+
+def test_a_small_b_is_for_bytes_too() -> None:
+    assert byte_count(" 5 gb", "max_memory") == byte_count("5GB", "max_memory") == 5 * 10**9
+    assert byte_count("16GiB ", "max_memory") == 2**34
 
 
 # ---- the output head -------------------------------------------------------------------------------------------------

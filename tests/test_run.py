@@ -80,8 +80,10 @@ def test_a_model_on_the_disk_becomes_what_one_in_memory_does(case: Variant, tmp_
     assert all(parameter.is_meta for parameter in found.model.get_submodule(_blocks_of(found)).parameters())
     assert (found.report.linears, found.report.held_out) == (expected.report.linears, expected.report.held_out)
     parts = found.report.seconds_by_part
-    assert parts.keys() == {"embeddings", "reading", "observing", "searching", "writing", "judging", "head"}
-    assert 0.5 * found.report.seconds < sum(parts.values()) <= found.report.seconds
+    assert parts.keys() == {
+        "embeddings", "reading", "observing", "searching", "writing", "passing on", "head", "judging"
+    }  # fmt: skip
+    assert 0 < sum(parts.values()) <= found.report.seconds
     prompt = samples(1)[0][None]
     assert torch.equal(found(prompt).logits, expected(prompt).logits)
     _assert_same(_saved(found, tmp_path / "found"), _saved(expected, tmp_path / "expected"))
@@ -162,6 +164,30 @@ def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monke
     settle(max_memory=None, work_dir=tmp_path)
 
 
+def test_statistics_need_room_where_they_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    full = tmp_path / "full"
+    usage = shutil.disk_usage
+
+    def look(path: Path) -> Any:
+        return shutil._ntuple_diskusage(10**9, 10**9, 1000) if path.is_relative_to(full) else usage(path)
+
+    full.mkdir()
+    monkeypatch.setattr(budget.shutil, "disk_usage", look)
+    with pytest.raises(ConfigError, match=r"full/statistics has 0\.0 MB left; give a statistics where there is more"):
+        _in_memory(variant("llama"), statistics=full / "statistics", work_dir=tmp_path / "work")
+
+
+def test_a_model_from_the_disk_is_saved_with_its_dtype(tmp_path: Path) -> None:
+    variant("llama").model().half().save_pretrained(tmp_path / "model")
+    model = AutoQForCausalLM.from_pretrained(tmp_path / "model", device_map="disk")
+    assert model.model.config.dtype == torch.float16
+    _quantize(model).save_quantized(tmp_path / "once")
+    AutoQForCausalLM.from_quantized(tmp_path / "once").save_quantized(tmp_path / "twice")
+    for name in ("once", "twice"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == "float16"
+
+
 def test_without_a_limit_what_is_free_is_the_limit(monkeypatch: Any) -> None:
     model = variant("llama").model()
     plan = Plan.of(model, QuantConfig(group_size=32))
@@ -184,7 +210,8 @@ def test_what_an_estimate_counts() -> None:
         return budget.estimate(model, plan, budget.Load(**{"tokens": 10**5, **load}), in_memory, False)
 
     grams = 4 * 2 * (3 * 64**2 + 128**2)
-    assert found({}, keeps_statistics=True).disk - found({}).disk == pytest.approx(grams, rel=0.5)
+    kept = found({}, statistics=Path("statistics"))
+    assert kept.disk - found({}).disk == kept.statistics == pytest.approx(grams, rel=0.5)
     assert found({}, longest=10**5).memory > found({}).memory
     assert found({}, held_out_tokens=10**5, longest=10**5).memory > found({}, held_out_tokens=10**5).memory
     assert found({}, device=torch.device("meta")).memory < found({}).memory
@@ -585,6 +612,15 @@ def test_search_results_of_another_family_are_refused(tmp_path: Path) -> None:
         _in_memory(variant("llama"), awq_cache=tmp_path / "negative.pt")
 
 
+@pytest.mark.parametrize("content", [b"hi", b"", b'{"scale": []}', b"import os"])
+def test_what_is_no_search_result_is_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cache.pt").write_bytes(content)
+    model = AutoQForCausalLM(variant("llama").model())
+    with pytest.raises(CheckpointError, match=r"cache\.pt is not a file of AWQ search results"):
+        _quantize(model, awq_cache=tmp_path / "cache.pt")
+    _quantize(model)  # nothing was begun
+
+
 def test_search_results_of_another_model_are_refused(tmp_path: Path) -> None:
     _in_memory(variant("llama"), awq_cache=tmp_path / "cache.pt")
     content = torch.load(tmp_path / "cache.pt", weights_only=True)
@@ -593,7 +629,7 @@ def test_search_results_of_another_model_are_refused(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "short.pt")
     with pytest.raises(QuantizationError, match=r"scale for .*q_proj that is not 64 positive numbers"):
         _in_memory(variant("llama"), awq_cache=tmp_path / "short.pt")
-    with pytest.raises(QuantizationError, match=r"clip .*v_proj in ranges of shape .* another group size"):
+    with pytest.raises(QuantizationError, match=r"clips .*v_proj in ranges of shape .* another group size"):
         _in_memory(variant("llama"), settings={"group_size": 16}, awq_cache=tmp_path / "cache.pt")
 
 

@@ -6,7 +6,6 @@ A dict: "scale" holds tuples of the operation that divides, the linears that are
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 
@@ -71,6 +70,12 @@ def fit_to_model(results: SearchResults, plan: Plan, blocks: int, path: Path) ->
             raise QuantizationError(f"{path} holds a clip for {linear}, which this model does not have")
         if not bool((torch.isfinite(ranges) & (ranges >= 0)).all()):
             raise QuantizationError(f"{path} holds a clip for {linear} that is not made of finite, positive numbers")
+        spec = plan.specs.get(linear)
+        if spec is not None and ranges.shape != (spec.out_features, spec.groups, 1):
+            raise QuantizationError(
+                f"{path} clips {linear} in ranges of shape {tuple(ranges.shape)}, where groups of {spec.group_size} "
+                f"make it {(spec.out_features, spec.groups, 1)}; they were searched for another group size"
+            )
         fitted.clips[linear] = ranges
     missing = sorted(prev for prev, _ in used - set(fitted.scales))
     if missing:
@@ -88,9 +93,11 @@ def read_awq_cache(path: Path) -> SearchResults:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as AWQ search results ({reason})") from None
+    except Exception as error:  # what is no pickle, or not this kind, ends in more ways than one can list
+        reason = f"; {error}" if isinstance(error, OSError) else ""
+        raise CheckpointError(
+            f"{path} is not a file of AWQ search results, a pickle of tensors and plain containers{reason}"
+        ) from None
     results = SearchResults()
     try:
         for prev, linears, scale in content["scale"]:

@@ -45,13 +45,15 @@ _OTHER_TIME = 1.7
 class Estimate:
     """What a run takes: `memory` of the process at its peak, `disk` bytes, `seconds`.
 
-    hidden: bytes of what flows between the blocks, which is part of `memory` or of `disk`.
+    hidden: bytes of what flows between the blocks, which is part of `memory` or of `disk`; statistics: of those that
+        are kept, part of `disk`.
     """
 
     memory: int
     disk: int
     seconds: float
     hidden: int
+    statistics: int
 
     def for_share(self, share: float) -> Estimate:
         """For a run that has this share of the blocks left to do."""
@@ -70,7 +72,7 @@ class Load:
 
     tokens, held_out_tokens: that it sends through the blocks; longest: of one sample.
     processes: that share the search. device: where blocks are run and searched; None: where they are.
-    resident: bytes of memory that the process takes already. keeps_statistics: whether they are written to the disk.
+    resident: bytes of memory that the process takes already. statistics: the directory they are written to, if any.
     """
 
     tokens: int
@@ -79,7 +81,7 @@ class Load:
     processes: int = 1
     device: torch.device | None = None
     resident: int = 0
-    keeps_statistics: bool = False
+    statistics: Path | None = None
 
 
 def resident_bytes() -> int:
@@ -139,9 +141,10 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
         spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
     )
     disk = (packed if keeps_results else 0) + (0 if in_memory else 2 * hidden)
-    if load.keeps_statistics:
-        disk += grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
-    return Estimate(memory, disk, _seconds(model, blocks, plan, load), hidden)
+    statistics = 0
+    if load.statistics is not None:
+        statistics = grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
+    return Estimate(memory, disk + statistics, _seconds(model, blocks, plan, load), hidden, statistics)
 
 
 def _seconds(model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, load: Load) -> float:
@@ -196,7 +199,8 @@ def settle_memory(
     """
     offloaded = is_offloaded(plan.architecture.decoder_blocks(model))
     on_disk = work_dir is not None
-    limit = max_memory or load.resident + psutil.virtual_memory().available // load.processes
+    free = load.resident + psutil.virtual_memory().available // load.processes
+    limit = free if max_memory is None else max_memory
     found = estimate(model, plan, load, not on_disk, on_disk or offloaded)
     spills = not on_disk and found.memory > limit
     if spills:
@@ -217,15 +221,20 @@ def settle_memory(
                 f"{loaded}"
             )
         warnings.warn(f"{takes}, but {megabytes(limit)} are free.{loaded}", stacklevel=4)
-    if found.disk:
-        directory = work_dir or Path(tempfile.gettempdir())
-        free = shutil.disk_usage(
-            next(place for place in (directory, *directory.absolute().parents) if place.exists())
-        ).free
-        kept = 0 if work_dir is None else sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file())
-        if found.disk - kept > free:
-            raise ConfigError(
-                f"quantizing this model takes {megabytes(found.disk - kept)} on the disk, but {directory} has "
-                f"{megabytes(free)} left; give a work_dir where there is more"
-            )
+    directory = Path(tempfile.gettempdir()) if work_dir is None else work_dir
+    _check_room(directory, found.disk - found.statistics, "work_dir", on_disk)
+    if load.statistics is not None:
+        _check_room(load.statistics, found.statistics, "statistics", True)
     return spills, found
+
+
+def _check_room(directory: Path, needed: int, name: str, is_ours: bool) -> None:
+    """Raises ConfigError unless so many bytes fit into a directory; where it is ours, what is there already counts."""
+    kept = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if is_ours else 0
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed - kept > free:
+        raise ConfigError(
+            f"quantizing this model takes {megabytes(needed - kept)} on the disk, but {directory} has "
+            f"{megabytes(free)} left; give a {name} where there is more"
+        )

@@ -140,7 +140,7 @@ class Quantizer:
             processes=self.ranks.size,
             device=run.devices[0] if run.devices else None,
             resident=int(self.ranks.largest(resident_bytes())),
-            keeps_statistics=store is not None and not store.is_complete,
+            statistics=None if store is None or store.is_complete else store.directory,
         )
         spills, expected = self.ranks.alone(
             lambda: settle_memory(model, plan, load, max_memory=run.max_memory, work_dir=run.work_dir)

@@ -32,7 +32,7 @@ class Plan:
     group_sizes: of the linears to quantize, by full name, -1 for a whole row; specs: what they become.
     left_alone: why each other linear stays as it is.
     in_features: of every linear of the blocks.
-    embeddings: what the token embeddings become; None: they stay as they are.
+    embeddings: what the token embeddings become; None: they stay as they are. tied: whether the head was tied to them.
     """
 
     architecture: Architecture
@@ -43,12 +43,14 @@ class Plan:
     left_alone: dict[str, str]
     in_features: dict[str, int]
     embeddings: LinearSpec | None = None
+    tied: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: QuantConfig) -> Plan:
         """The plan for a model whose weights are in memory, or fetched from where it is known they are."""
         architecture = architecture_of(model.config)
-        plan = cls(architecture, model.config, config, {}, {}, {}, {}, _embeddings_spec(model, config))
+        tied = bool(getattr(model.config, "tie_word_embeddings", False))
+        plan = cls(architecture, model.config, config, {}, {}, {}, {}, _embeddings_spec(model, config), tied)
         for index, block in enumerate(architecture.decoder_blocks(model)):
             prefix = plan.block_name(index)
             architecture.check_block(block, prefix)
@@ -85,8 +87,7 @@ class Plan:
     @property
     def shares_head(self) -> bool:
         """Whether the head is tied to the embeddings and has the same settings: then one set of codes serves both."""
-        tied = bool(getattr(self.model_config, "tie_word_embeddings", False))
-        return tied and self.embeddings is not None and self.specs.get(LM_HEAD) == self.embeddings
+        return self.tied and self.embeddings is not None and self.specs.get(LM_HEAD) == self.embeddings
 
     def block_name(self, index: int) -> str:
         """The full name of a decoder block."""
@@ -147,6 +148,13 @@ class Plan:
 
     def warn_of_surprises(self) -> None:
         """Says what the user may not expect of the result."""
+        if self.tied and (self.embeddings is None) != (LM_HEAD not in self.specs):
+            given, other = ("embedding", "lm_head") if self.embeddings is not None else ("lm_head", "embedding")
+            warnings.warn(
+                f"{given}_bits without {other}_bits: the head was tied to the embeddings, and now each is kept on its "
+                f"own, which takes more memory than before. Give {other}_bits the same to share one quantized weight",
+                stacklevel=4,
+            )
         for pattern in self.config.modules_to_not_convert:
             if pattern not in "lm_head" and not any(pattern in name for name in self.in_features):
                 warnings.warn(

@@ -103,8 +103,9 @@ class QuantizationReport:
 
     @property
     def worst(self) -> list[LinearReport]:
-        """The quantized linears, those with the largest error first."""
-        return sorted(self.quantized, key=lambda linear: -(linear.error_after or 0.0))
+        """The quantized linears whose error was measured, those with the largest first."""
+        measured = [linear for linear in self.quantized if linear.error_after is not None]
+        return sorted(measured, key=lambda linear: -(linear.error_after or 0.0))
 
     @property
     def skipped(self) -> list[LinearReport]:
@@ -121,9 +122,9 @@ class QuantizationReport:
             *([] if self.held_out is None else [str(self.held_out)]),
             f"{'linear':48} bits group  error: nearest -> searched  tokens",
         ]
-        for entry in [*([] if self.embeddings is None else [self.embeddings]), *self.linears]:
+        for entry in self.linears if self.embeddings is None else [self.embeddings, *self.linears]:
             if entry.error_before is None or entry.error_after is None:
-                lines.append(f"{entry.name:48} {'-':>4} {'-':>5}  {entry.note}")
+                lines.append(f"{entry.name:48} {entry.bits or '-':>4} {entry.group_size or '-':>5}  {entry.note}")
                 continue
             errors = f"{entry.error_before:>14.3e} -> {entry.error_after:<9.3e}"
             row = f"{entry.name:48} {entry.bits:>4} {entry.group_size:>5} {errors} {entry.tokens:>7,}"

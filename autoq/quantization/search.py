@@ -347,12 +347,6 @@ def _clip(
         ranges = awq.search_clip(weight, inputs.gram, plan.fake_quantize(name, -1), size)
     elif name in known.clips:
         ranges = known.clips[name].to(weight)
-        shape = (weight.shape[0], weight.shape[1] // (weight.shape[1] if size == -1 else size), 1)
-        if ranges.shape != shape:
-            raise QuantizationError(
-                f"the search results clip {name} in ranges of shape {tuple(ranges.shape)}, where groups of {size} "
-                f"make it {shape}; they were searched for another group size"
-            )
     else:
         return weight
     found.clips[name] = ranges
