@@ -566,7 +566,7 @@ def test_what_is_written_is_llm_awqs_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a pickle", "cannot be read as AWQ search results"),
+        (b"not a pickle", "is not a file of AWQ search results"),
         ({"scale": []}, "does not hold AWQ search results"),
         ({"scale": [("a", ("b",), 3)], "clip": []}, "does not hold AWQ search results"),
         ([1], "does not hold AWQ search results"),
@@ -588,7 +588,7 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path: Path) -> None:
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"scale": [], "clip": [Evil()]}, tmp_path / "cache.pt")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not a file of AWQ search results"):
         read_awq_cache(tmp_path / "cache.pt")
     assert not (tmp_path / "ran").exists()
 
