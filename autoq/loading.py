@@ -248,7 +248,7 @@ def _insert_quantized_modules(
         size = config.group_size_for(key, columns)
         if size is None:
             raise CheckpointError(
-                f"{directory}: the group size {config.group_size} does not divide the {columns} inputs of {name}"
+                f"{directory}: no group size that its config allows divides the {columns} columns of {name}"
             )
         spec = LinearSpec.of(module.weight, config.bits_for(key), size, config.zero_point)
         layout = get_format(config.version_for(key))

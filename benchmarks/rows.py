@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which models are measured, and on what data."""
+    parser.add_argument("--models", type=Path, nargs="+", required=True, help="model directories")
+    parser.add_argument("--calibration", type=Path, required=True, help="JSON list of strings, one sample each")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a sample and of a window")
+    parser.add_argument("--max-windows", type=int, help="evaluate on the first so many windows only")
+
+
 def conditions_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all rows of a table have in common: the data they were measured on."""
     return {

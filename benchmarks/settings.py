@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from rows import conditions_of, kept_rows, options_of, write_rows
+from rows import add_data_options, conditions_of, kept_rows, options_of, write_rows
 from transformers import AutoTokenizer
 
 from autoq import AutoQForCausalLM, __version__
@@ -47,11 +47,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, nargs="+", required=True, help="model directories")
-    parser.add_argument("--calibration", type=Path, required=True, help="JSON list of strings, one sample each")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--window", type=int, default=256, help="tokens of a sample and of a window")
-    parser.add_argument("--max-windows", type=int, help="evaluate on the first so many windows only")
+    add_data_options(parser)
     parser.add_argument("--settings", type=json.loads, nargs="+", default=list(_SETTINGS), help="JSON objects")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/settings"))
     return parser.parse_args()

@@ -105,7 +105,8 @@ class QuantLinear(QuantModule):
         return ops.linear(x, self.packed(), bias, self.spec.bits, self.spec.out_features, self.mode)
 
     def extra_repr(self) -> str:
-        return f"{_shape_of(self.spec)}, bias={self.bias is not None}, {_settings_of(self.spec)}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, {_settings_of(self.spec)}"
 
 
 class QuantEmbedding(QuantModule):
@@ -173,10 +174,6 @@ def _empty(spec: LinearSpec) -> PackedWeight:
     zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
     codes, scales = empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16)
     return ops.pack(QuantizedWeight(codes, scales, zeros, spec.bits))
-
-
-def _shape_of(spec: LinearSpec) -> str:
-    return f"in_features={spec.in_features}, out_features={spec.out_features}"
 
 
 def _settings_of(spec: LinearSpec) -> str:
