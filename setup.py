@@ -80,7 +80,9 @@ def make_extension(cuda_home: Path | None) -> Any:
         settings["include_dirs"].append(str(cuda_home / "include"))
         settings["library_dirs"].append(str(cuda_home / "lib64"))
         settings["libraries"] += ["cudart_static", "rt", "dl"]
-        settings["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20"]
+        nvcc = settings["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20"]
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            nvcc.append("-DAUTOQ_SM90A")
     return Extension("autoq._C", **settings)
 
 

@@ -25,6 +25,11 @@ WANTED = {
     "attend_kernelINS0_4HalfELi8ELi4ELi1E": ("LDG.E.128",),
     "norm_kernelINS0_4HalfELi8E": ("LDG.E.128", "STG.E.128"),
 }
+# What only code for sm_90a has: products of warpgroups, bulk copies.
+WANTED_OF_HOPPER = {
+    "warpgroup_kernelINS0_4Half": ("HGMMA.64x64x16.F32", "UBLKCP", "LDS.128"),
+    "warpgroup_kernelINS0_8BFloat16": ("HGMMA.64x64x16.F32.BF16", "UBLKCP", "LDS.128"),
+}
 # Reads and writes of a thread's own memory.
 SPILLS = ("LDL", "STL")
 
@@ -62,7 +67,7 @@ def check_instructions(cuobjdump: Path, library: Path, architectures: str) -> st
         name = f"sm_{architecture.replace('.', '')}"
         kernels = instructions(cuobjdump, library, name)
         problems += problems_of(name, kernels)
-        products = sum(counts["HMMA"] for counts in kernels.values())
+        products = sum(counts["HMMA"] + counts["HGMMA"] for counts in kernels.values())
         print(f"{name}: {len(kernels)} kernels, {products} products on the tensor cores")
     return "\n".join(problems) or None
 
@@ -87,7 +92,7 @@ def instructions(cuobjdump: Path, library: Path, architecture: str) -> dict[str,
 
 def problems_of(architecture: str, kernels: dict[str, Counter[str]]) -> list[str]:
     problems = []
-    for wanted, names in WANTED.items():
+    for wanted, names in (WANTED | WANTED_OF_HOPPER if architecture == "sm_90a" else WANTED).items():
         found = {kernel: counts for kernel, counts in kernels.items() if wanted in kernel}
         if not found:
             problems.append(f"{architecture}: there is no {wanted}")

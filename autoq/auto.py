@@ -259,7 +259,7 @@ class AutoQForCausalLM(nn.Module):
         if type(max_eval_samples) is not int or max_eval_samples < 0:
             raise ConfigError(f"max_eval_samples is {max_eval_samples!r}; it should be a number of samples, 0 for none")
 
-        def load(data: Any, count: int) -> CalibrationSet:
+        def load(data: Any, count: int, argument: str) -> CalibrationSet:
             return load_calibration(
                 tokenizer,
                 data,
@@ -270,12 +270,19 @@ class AutoQForCausalLM(nn.Module):
                 text_column=text_column,
                 seed=seed,
                 vocab_size=self.model.get_input_embeddings().num_embeddings,
+                argument=argument,
             )
 
         extra = max_eval_samples if eval_data is None else 0
-        calibration, held_out = load(calib_data, max_calib_samples + extra).split(max_calib_samples)
+        calibration, held_out = load(calib_data, max_calib_samples + extra, "calib_data").split(max_calib_samples)
         if eval_data is not None and max_eval_samples:
-            held_out = load(eval_data, max_eval_samples)
+            held_out = load(eval_data, max_eval_samples, "eval_data")
+            if held_out.overlaps(calibration):
+                warnings.warn(
+                    "eval_data holds samples that the model is calibrated on too; perplexity and KL divergence will "
+                    "look better than they are on other text",
+                    stacklevel=2,
+                )
         if eval_data is None and held_out is not None and len(held_out.samples) < Ranks().size:
             held_out = None  # too little is left over to be shared
         if max_kl is not None and held_out is None:

@@ -10,6 +10,7 @@ for few rows. Errors are relative, in the Frobenius norm, against float64 on the
 4096 outputs.
 
     autoq         ops.linear, fp16
+    warpgroups    the same on Hopper's kernel for many rows, which ops.linear does not choose yet
     dequantize    the weight made dense in fp16, then cuBLAS: what autoq does for many rows
     cuBLAS        fp16 on a dense weight
     int4pack      torch's _weight_int4pack_mm, bf16
@@ -48,6 +49,7 @@ ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 COPY_BYTES = 2**30
 _LAUNCH_CYCLES = 200_000
 DENSE_FROM = 32  # rows from which "dequantize" is measured
+WARPGROUP_ROWS = range(17, 513)  # rows for which "warpgroups" is
 
 Run = Callable[[int], Tensor]  # given the index of the weight's copy
 
@@ -157,6 +159,12 @@ def random_weight(in_features: int, out_features: int) -> PackedWeight:
     return PackedWeight(words, scales, zeros)
 
 
+def warpgroup_linear(input: Tensor, packed: PackedWeight, out_features: int) -> Tensor:
+    """`ops.linear` with the plan for warpgroups (csrc/cuda/linear.h), two blocks for each multiprocessor."""
+    blocks = 2 * torch.cuda.get_device_properties(input.device).multi_processor_count
+    return torch.ops.autoq.linear_with_plan(input, *packed, BITS, out_features, 8, 4, 1, blocks, False, True)
+
+
 def _int4pack(in_features: int, out_features: int, copies: int) -> Callable[[Tensor, int], Tensor] | None:
     """torch's own kernel on random weights; None where this torch has none for the size."""
     codes = torch.randint(0, 256, (out_features, in_features // 2), dtype=torch.uint8, device="cuda")
@@ -197,6 +205,8 @@ def _measure_size(in_features: int, out_features: int, arguments: argparse.Names
         runs: dict[str, Run] = {"autoq": autoq, "cuBLAS": cublas}
         if rows >= DENSE_FROM:
             runs["dequantize"] = dequantize
+        if rows in WARPGROUP_ROWS and torch.cuda.get_device_capability() == (9, 0):
+            runs["warpgroups"] = lambda copy, input=input: warpgroup_linear(input, packed[copy], out_features)
         if int4pack is not None:
             runs["int4pack"] = lambda copy, input=brain_input: int4pack(input, copy)
         moved = weight_bytes + 2 * rows * (in_features + out_features)
@@ -236,16 +246,17 @@ def _report(result: dict[str, Any]) -> str:
     lines = [
         f"Linears of 4 bits, groups of {GROUP_SIZE}, on {result['device']}. A copy moves {bandwidth:.0f} GB/s.",
         "",
-        "| Columns x outputs | Rows | autoq (us) | dequantize (us) | cuBLAS (us) | int4pack (us) | autoq / cuBLAS "
-        "| autoq / int4pack | GB/s | of the copy | error of autoq | error of cuBLAS |",
-        "|---" * 12 + "|",
+        "| Columns x outputs | Rows | autoq (us) | warpgroups (us) | dequantize (us) | cuBLAS (us) | int4pack (us) "
+        "| autoq / cuBLAS | autoq / int4pack | GB/s | of the copy | error of autoq | error of cuBLAS |",
+        "|---" * 13 + "|",
     ]
     for record in result["records"]:
         times = record["microseconds"]
         speed = record["bytes"] / times["autoq"] / 1e3
         cells = [f"{record['in_features']} x {record['out_features']}", str(record["rows"])]
         cells += [
-            f"{times[name]:.1f}" if name in times else "-" for name in ("autoq", "dequantize", "cuBLAS", "int4pack")
+            f"{times[name]:.1f}" if name in times else "-"
+            for name in ("autoq", "warpgroups", "dequantize", "cuBLAS", "int4pack")
         ]
         cells += [f"{times[name] / times['autoq']:.2f}x" if name in times else "-" for name in ("cuBLAS", "int4pack")]
         cells += [f"{speed:.0f}", f"{speed / bandwidth:.0%}"]

@@ -3,8 +3,8 @@
     python benchmarks/tune_linear.py [--model llama-3-8b ...] [--rows 1 4 8 16 32 64] [--output PATH]
 
 For each size and number of rows: the time of the operator, the five fastest plans, and what they are, as in
-csrc/cuda/linear.h: row tiles x warps across x slices, blocks for each multiprocessor, w for whole tiles. What is
-learnt goes into `plan_linear` (csrc/cuda/linear.cu). Times are taken as in gpu_kernels.py.
+csrc/cuda/linear.h: row tiles x warps across x slices, blocks for each multiprocessor, w for whole tiles, g for
+warpgroups. What is learnt goes into `plan_linear` (csrc/cuda/linear.cu). Times are taken as in gpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     slices: int
     blocks: int
     whole_tiles: bool
+    warpgroups: bool
 
 
 def main() -> str | None:
@@ -63,7 +64,10 @@ def _plans(rows: int) -> Iterator[Plan]:
     ):
         threads = across * slices * 32
         if row_tiles < 2 * needed and 64 <= threads <= (512 if row_tiles == 1 else 256):
-            yield Plan(row_tiles, across, slices, each * multiprocessors, whole)
+            yield Plan(row_tiles, across, slices, each * multiprocessors, whole, False)
+    if needed > 2 and torch.cuda.get_device_capability() == (9, 0):
+        for each, whole in itertools.product((1, 2), (False, True)):
+            yield Plan(8, 4, 1, each * multiprocessors, whole, True)
 
 
 def _measure(in_features: int, out_features: int, rows: int, rounds: int) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def _measure(in_features: int, out_features: int, rows: int, rounds: int) -> dic
             continue
         assert (result - expected).norm() <= 1e-3 * expected.norm(), plan
         name = f"{plan.row_tiles}x{plan.warps_across}x{plan.slices}, {plan.blocks // multiprocessors}"
-        times[name + "w" * plan.whole_tiles] = 1e6 * take_turns({"": run}, copies, rounds)[""]
+        times[name + "w" * plan.whole_tiles + "g" * plan.warpgroups] = 1e6 * take_turns({"": run}, copies, rounds)[""]
     return {
         "in_features": in_features,
         "out_features": out_features,

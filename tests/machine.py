@@ -3,7 +3,8 @@ to meet tensors of another device. What runs on it gives the numbers it gives on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from autoq.nn.recording import CudaRecording
 
 
 class _Backend:
@@ -77,8 +80,8 @@ class _OnGPU(Tensor):
 
 def _devices(arguments: Any) -> Iterator[torch.device]:
     for value in tree_iter(arguments):
-        # As on a GPU, a number may come from anywhere.
-        if isinstance(value, Tensor) and (isinstance(value, _OnGPU) or value.ndim > 0):
+        # As on a GPU, a number may come from anywhere; and so may what stands for a tensor that is not there.
+        if isinstance(value, Tensor) and (isinstance(value, _OnGPU) or (value.ndim > 0 and value.numel() > 0)):
             yield value.device
 
 
@@ -150,3 +153,57 @@ class Machine(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
             self.moves.append((tuple(result.shape), result.device))
         return result
+
+
+def _is_new(result: Any) -> bool:
+    """Whether an operator's result is a tensor with memory of its own."""
+    return isinstance(result, Tensor) and not result._is_view()
+
+
+class Graph(TorchDispatchMode):
+    """What a CUDA graph does, on a device of the machine: keeps the operators between `begin` and `end`, and does them
+    again, into the same memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.replays = device, 0
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if set(_devices((args, kwargs, result))) - {self.device}:
+            raise DeviceMismatch(f"{func} in a graph of {self.device}")
+        self._calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def begin(self) -> None:
+        self.__enter__()
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)
+        # Capturing does nothing: there are no results before the first replay.
+        for _, args, kwargs, result in self._calls:
+            given = {id(value) for value in tree_iter((args, kwargs))}
+            for tensor in tree_iter(result):
+                if _is_new(tensor) and id(tensor) not in given:
+                    tensor.fill_(7)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, result in self._calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_iter(result), tree_iter(again), strict=True):
+                if _is_new(old) and old is not new:
+                    old.copy_(new)
+
+    @staticmethod
+    @contextmanager
+    def prepared(run: Callable[[], Any], devices: Iterable[torch.device]) -> Iterator[None]:
+        run()
+        yield
+
+
+class GraphRecording(CudaRecording):
+    """A recording on the devices of the machine."""
+
+    graph_class = Graph

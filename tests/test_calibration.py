@@ -363,6 +363,8 @@ def test_wrong_settings(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         load_calibration(tiny_tokenizer, ["a"], max_samples=0)
     with pytest.raises(CalibrationError, match="max_seq_len is 0"):
         load_calibration(tiny_tokenizer, ["a"], max_seq_len=0)
+    with pytest.raises(CalibrationError, match=r"eval_data: a list of texts holds no tokens.*leave eval_data out"):
+        load_calibration(tiny_tokenizer, [""], argument="eval_data")
     with pytest.raises(CalibrationError, match="needs a tokenizer"):
         load_calibration(None, ["a"])
     with pytest.raises(CalibrationError, match="the vocabulary has 50 tokens"):

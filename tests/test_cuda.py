@@ -15,6 +15,7 @@ from autoq.quantization.weight import QuantizedWeight, dequantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Rounding the result to the dtype; fp32 is multiplied by torch, with TF32 where that is on.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}
@@ -75,6 +76,28 @@ def test_linear_for_any_bits_and_groups(dtype: torch.dtype, bits: int, group_siz
         input = make_input(rows, 2304, dtype=dtype)
         tolerance = (MANY_TOLERANCE if group_size == 16 else TOLERANCE)[dtype]
         assert relative_error(run(input, weight, bias), exact_linear(input, weight, bias)) < tolerance
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", [1, 17, 33, 64, 65, 128, 256])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_warpgroups(dtype: torch.dtype, rows: int) -> None:
+    """The kernel that `linear` does not choose by itself yet, with whole tiles and shared ones."""
+    for out_features, in_features, group_size in [
+        (4096, 4096, 128),
+        (4100, 1000, -1),
+        (96, 14336, 128),
+        (200, 544, 32),
+    ]:
+        weight = make_weight(out_features, in_features, 4, group_size)
+        packed = on_gpu(weight)
+        input = make_input(rows, in_features, dtype=dtype).cuda()
+        expected = input.double() @ dequantize(weight, torch.float64).cuda().T
+        for blocks, whole_tiles in ((264, False), (132, False), (32, True)):
+            plan = (8, 4, 1, blocks, whole_tiles, True)
+            results = [torch.ops.autoq.linear_with_plan(input, *packed, 4, out_features, *plan) for _ in range(3)]
+            assert relative_error(results[0], expected) < TOLERANCE[dtype]
+            assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_no_worse_than_cublas_on_the_dense_weight() -> None:

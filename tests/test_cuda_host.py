@@ -60,6 +60,25 @@ def test_fragments_of_the_tensor_cores() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def multiply_warpgroup(a: Tensor, b: Tensor, wait: bool = True, told: int = 2048) -> Tensor:
+    """a b^T of 64 x 16 by 64 x 16, of which b is copied in bulk; `told` bytes are announced, and what is there before
+    the product is 1."""
+    found = torch.empty(64, 64)
+    # Pieces of 8 x 8: first those of the left half, from above; then those of the right one.
+    pieces = b.view(8, 8, 2, 8).permute(2, 0, 1, 3).contiguous()
+    run("test_warpgroup_product", a, pieces, found, wait, told)
+    return found
+
+
+def test_products_of_a_warpgroup() -> None:
+    a, b = torch.randn(64, 16).half(), torch.randn(64, 16).half()
+    expected = (a.double() @ b.double().T).float()
+    torch.testing.assert_close(multiply_warpgroup(a, b), 1 + 2 * expected, rtol=1e-5, atol=1e-5)
+    assert multiply_warpgroup(a, b, wait=False).isnan().all()  # nothing is there until it is waited for
+    with pytest.raises(AssertionError, match="threads wait for each other in vain"):
+        multiply_warpgroup(a, b, told=1024)
+
+
 def test_shuffles_and_waiting_in_vain() -> None:
     values = torch.randn(32)
     total = values.sum()
@@ -113,14 +132,22 @@ class Plan(NamedTuple):
     slices: int = 1
     blocks: int = 1
     whole_tiles: bool = False
+    warpgroups: bool = False
 
 
-def plan_for(weight: QuantizedWeight, rows: int) -> tuple[Plan, int]:
-    """The plan for the emulated GPU, and its workspace in bytes."""
+def plan_for(weight: QuantizedWeight, rows: int) -> Plan:
+    """The plan for the emulated GPU."""
     found = torch.empty(6, dtype=torch.int64)
     run("host_plan", weight.bits, *weight.codes.shape, weight.scales.shape[1], rows, found)
-    *plan, workspace = found.tolist()
-    return Plan(*plan), workspace
+    return Plan(*found.tolist())
+
+
+def workspace_for(plan: Plan, weight: QuantizedWeight, rows: int) -> int:
+    """Bytes."""
+    found = torch.empty(1, dtype=torch.int64)
+    sizes = (weight.bits, *weight.codes.shape, weight.scales.shape[1], rows)
+    run("host_workspace", *sizes, *map(int, plan), found)
+    return int(found)
 
 
 def run_linear(
@@ -135,11 +162,11 @@ def run_linear(
     out_features, in_features = weight.codes.shape
     rows = input.shape[0]
     if plan is None:
-        plan = plan_for(weight, rows)[0]
+        plan = plan_for(weight, rows)
     if columns is not None:
         input = torch.nn.functional.pad(input, (0, columns - in_features))
     out = torch.full((rows, out_features), float("nan"), dtype=input.dtype)
-    workspace = torch.full((plan.blocks * 2 * plan.warps_across * plan.row_tiles * 256,), float("nan"))
+    workspace = torch.full((workspace_for(plan, weight, rows) // 4,), float("nan"))
     counters = torch.zeros(plan.blocks, dtype=torch.int32)
     packed = ops.pack(weight)
     sizes = (weight.bits, out_features, in_features, packed.scales.shape[1])
@@ -222,6 +249,56 @@ def test_linear_for_any_division_of_the_work(plan: Plan, order: str) -> None:
     assert torch.equal(result, run_linear(input, weight, bias, plan, columns=1104))
 
 
+# ---- linear on warpgroups --------------------------------------------------------------------------------------------
+
+
+def warpgroups(blocks: int = 2, whole_tiles: bool = False) -> Plan:
+    return Plan(8, 4, 1, blocks, whole_tiles, warpgroups=True)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 64, 65, 130])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_warpgroups_for_any_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    check_linear(make_weight(144, 384, 4, 128), rows, dtype, warpgroups())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256, -1])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_warpgroups_for_any_groups(dtype: torch.dtype, group_size: int) -> None:
+    check_linear(make_weight(130, 768, 4, group_size), 40, dtype, warpgroups())
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "group_size"),
+    [(1, 8, -1), (5, 16, -1), (17, 200, -1), (33, 96, 32), (50, 160, 160), (63, 544, 32), (300, 136, -1)],
+)
+def test_warpgroups_for_odd_shapes(out_features: int, in_features: int, group_size: int) -> None:
+    weight = make_weight(out_features, in_features, 4, group_size)
+    for plan in (warpgroups(3), warpgroups(1, whole_tiles=True)):
+        check_linear(weight, 70, torch.float16, plan)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("plan", [warpgroups(1), warpgroups(5), warpgroups(40), warpgroups(3, whole_tiles=True)])
+def test_warpgroups_for_any_division_of_the_work(plan: Plan, order: str) -> None:
+    weight = make_weight(260, 1200, 4, -1)
+    input, bias = make_input(70, 1200, dtype=torch.float16), make_input(260, dtype=torch.float16, seed=2)
+    result = run_linear(input, weight, bias, plan, order)
+    assert relative_error(result, exact_linear(input, weight, bias)) < ROUNDING[torch.float16]
+    assert torch.equal(result, run_linear(input, weight, bias, plan))
+
+
+def test_warpgroups_are_hoppers_and_for_4_bits() -> None:
+    for bits, capability in ((3, (9, 0)), (8, (9, 0)), (4, (8, 0)), (4, (10, 0))):
+        cuda_host.set_device(capability=capability)
+        with pytest.raises(RuntimeError, match="there is no such plan"):
+            workspace_for(warpgroups(), make_weight(16, 64, bits, 32), 40)
+    cuda_host.set_device()
+
+
+# ---- what all plans have in common -----------------------------------------------------------------------------------
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     weight = make_weight(40, 256, 4, 64)
     input = make_input(6, 256, dtype=torch.float16)
@@ -246,18 +323,19 @@ def test_weights_are_not_rounded() -> None:
 def test_plans_use_what_the_gpu_has() -> None:
     cuda_host.set_device(132, 227 * 1024)
     wide, square = make_weight(16, 4096, 4, 128), make_weight(4096, 32, 4, 32)
-    assert plan_for(wide, 1)[0].blocks > 1  # one tile, shared
-    plan, workspace = plan_for(square, 1)
-    assert (plan.blocks, plan.whole_tiles, workspace) == (128, True, 0)
+    assert plan_for(wide, 1).blocks > 1  # one tile, shared
+    plan = plan_for(square, 1)
+    assert (plan.blocks, plan.whole_tiles, workspace_for(plan, square, 1)) == (128, True, 0)
     for shared in (99, 163, 227):
         for multiprocessors in (1, 82, 132):
             cuda_host.set_device(multiprocessors, shared * 1024)
             for rows, bits in itertools.product((1, 8, 16, 32, 64, 100), BITS):
                 check = make_weight(96, 512, bits, 128)
-                plan, workspace = plan_for(check, rows)
+                plan = plan_for(check, rows)
                 assert plan.blocks <= 2 * multiprocessors
                 assert plan.row_tiles * 8 >= min(rows, 32) or (shared, bits) == (99, 8)
-                assert workspace <= plan.blocks * 2 * plan.warps_across * plan.row_tiles * 1024
+                most = plan.blocks * 2 * plan.warps_across * plan.row_tiles * 1024
+                assert workspace_for(plan, check, rows) <= most
     cuda_host.set_device(8, 99 * 1024)
     check_linear(make_weight(160, 512, 4, 128), 64, torch.float16)
     cuda_host.set_device()

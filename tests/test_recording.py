@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from machine import FIRST, SECOND, GraphRecording, Machine
 from torch import Tensor
 
 from autoq.nn.recording import CannotBeRecorded, HostRecording
+from autoq.nn.spread import Move
 
 CPU = torch.device("cpu")
 TABLE = torch.arange(12.0).reshape(3, 4)
 
 
 def record(function: Callable[[Tensor], Tensor], given: Tensor) -> HostRecording:
-    return HostRecording(lambda: function(given), CPU, (given,))
+    return HostRecording(lambda _: function(given), CPU, (given,))
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -99,3 +101,36 @@ def test_what_goes_past_the_operators_cannot_be_recorded(function: Callable[[Ten
 def test_a_result_that_never_changes_cannot_be_recorded() -> None:
     with pytest.raises(CannotBeRecorded, match="never changes"):
         record(lambda _: TABLE * 2, torch.ones(1))
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+
+def there_and_back(x: Tensor, move: Move) -> Tensor:
+    twice = x * 2
+    there, again = move([twice, x], SECOND)
+    (same,) = move([there + 1], SECOND)  # nothing that would need another graph but the copy
+    assert move([], SECOND) == []
+    (back,) = move([same * again], FIRST)
+    return back - twice
+
+
+def test_a_graph_for_each_stretch_on_a_device() -> None:
+    with Machine():
+        given = torch.tensor([1.0, 2.0]).to(FIRST)
+        recording = GraphRecording(lambda move: there_and_back(given, move), FIRST, (given,))
+        assert [graph.device for graph, _ in recording._stretches] == [FIRST, SECOND, SECOND, FIRST]
+        results = []
+        for values in ([3.0, -1.0], [5.0, 0.5]):
+            given.copy_(torch.tensor(values))
+            x = torch.tensor(values)
+            results.append((recording.replay(), (2 * x + 1) * x - 2 * x))
+        assert all(torch.equal(found.cpu(), expected) for found, expected in results)
+
+
+@pytest.mark.parametrize("function", [lambda x, _: x.to(SECOND), lambda x, _: x + torch.ones(2, device=SECOND).sum()])
+def test_devices_change_only_by_a_move(function: Callable[[Tensor, Move], Tensor]) -> None:
+    with Machine():
+        given = torch.tensor([1.0, 2.0]).to(FIRST)
+        with pytest.raises(CannotBeRecorded, match="gpu:1"):
+            GraphRecording(lambda move: function(given, move), FIRST, (given,))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import FAMILIES, Variant, quantized, samples, variant
-from machine import CPU, FIRST, SECOND, DeviceMismatch, Machine
+from machine import CPU, FIRST, SECOND, DeviceMismatch, GraphRecording, Machine
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ from autoq.architectures import architecture_of
 from autoq.block_ops import decoder_blocks
 from autoq.errors import AutoQError, ConfigError
 from autoq.nn import block as block_module
+from autoq.nn import steps as recorded_steps
 from autoq.nn.block import FusedForward
 from autoq.nn.spread import bring, connect, disconnect, is_offloaded, remove_hooks
 from autoq.placement import parts_of
@@ -286,12 +287,36 @@ def test_connected_models_are_copied_pickled_and_moved() -> None:
 @each_family
 def test_connected_blocks_stay_fused(case: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(case).model
+    del model.forward  # which records steps
     expected = _generate(model, _prompt())
     connect(model, _names(model))
     calls = []
     monkeypatch.setattr(block_module, "decoder_blocks", lambda *args: calls.append(1) or decoder_blocks(*args))
     assert torch.equal(_generate(model, _prompt()), expected)
     assert len(calls) == 2 * 5
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+def test_steps_are_recorded_with_graphs_of_each_device(case: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_module, "runs_on", lambda device: True)
+    monkeypatch.setitem(recorded_steps.RECORDERS, "gpu", GraphRecording)
+    model = quantized(case).model
+    ids = torch.cat([_prompt(), _prompt().flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    expected = _generate(model, ids, attention_mask=mask, use_cache=True)
+    with Machine():
+        _spread(model, (FIRST, SECOND))
+        model.forward.forget()  # what was recorded on the CPU
+        for _ in range(2):  # the second time, with the recording of the first
+            found = _generate(model, ids.to(FIRST), attention_mask=mask.to(FIRST), use_cache=True)
+            assert torch.equal(found.cpu(), expected)
+        (slot,) = model.forward._slots
+        (step,) = slot.recordings.values()
+        graphs = [graph for graph, _ in step.recording._stretches]
+        back = [FIRST] if model.config.tie_word_embeddings else []
+        assert [graph.device for graph in graphs] == [FIRST, SECOND, *back]
+        assert all(graph.replays == 2 * 4 for graph in graphs)
 
 
 # Offload ------------------------------------------------------------------------------------------------------------

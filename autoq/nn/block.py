@@ -33,6 +33,7 @@ from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.held import HeldTensors
 from autoq.nn.linear import QuantLinear
+from autoq.nn.spread import is_mover
 from autoq.ops import LANES, MODES, PackedWeight
 
 try:
@@ -204,7 +205,10 @@ _NOTHING = torch.empty(0)
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hooks see or change what goes through a module."""
-    return bool(module._forward_pre_hooks) or not all(_is_idle(hook) for hook in module._forward_hooks.values())
+    return not (
+        all(is_mover(hook) for hook in module._forward_pre_hooks.values())
+        and all(_is_idle(hook) for hook in module._forward_hooks.values())
+    )
 
 
 def _is_idle(hook: Any) -> bool:

@@ -1,13 +1,15 @@
-"""A function that is run once and then replayed for every token: a CUDA graph on a GPU, a list of operators on the CPU.
+"""A function that is run once and then replayed for every token: CUDA graphs on GPUs, a list of operators on the CPU.
 
 Neither keeps anything of the function's Python. Numbers that it took from the host are those of the recording; what
-changes from replay to replay is read from tensors, which stay where they are.
+changes from replay to replay is read from tensors, which stay where they are. A function that runs on several devices
+says when it goes from one to the next, by the `Move` (autoq/nn/spread.py) that it is given.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,10 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoq.block_ops import SHARED_ARGUMENTS, decoder_blocks
+from autoq.nn.spread import Move, copy_to_device
 
 
 class CannotBeRecorded(Exception):
     """A function waits for the device, or brings values from the host to it, which a recording cannot do again."""
+
+
+Run = Callable[[Move], Tensor]
 
 
 class Recording(Protocol):
@@ -57,9 +63,18 @@ class _Rehearsal(TorchDispatchMode):
     """Runs a function and keeps the operators that it calls; raises CannotBeRecorded at one that a recording could not
     hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self.devices = {device}
+        self._device, self._moving = device, False
+
+    def move(self, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+        self.devices.add(device)
+        self._device, self._moving = device, True
+        moved = [tensor.to(device) for tensor in tensors]
+        self._moving = False
+        return moved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
@@ -68,8 +83,12 @@ class _Rehearsal(TorchDispatchMode):
         result = func(*args, **kwargs)
         copies = name in ("aten::_to_copy", "aten::copy_")
         source = args[1] if name == "aten::copy_" else args[0] if copies else None
-        if copies and isinstance(source, Tensor) and source.device != result.device:
+        if copies and isinstance(source, Tensor) and source.device != result.device and not self._moving:
             raise CannotBeRecorded(f"{name} from {source.device} to {result.device}")
+        for tensor in _tensors(result):
+            # The host may do something of its own beside a GPU, but not another GPU.
+            if tensor.device.type == self._device.type and tensor.device != self._device:
+                raise CannotBeRecorded(f"{name} on {tensor.device} while the others are on {self._device}")
         if name == "aten::lift_fresh" and result.is_cuda:
             raise CannotBeRecorded("a tensor made of numbers of the host")
         self.calls.append(_Call(func, args, kwargs, result))
@@ -87,30 +106,88 @@ class _NoWayAround(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class CudaRecording:
-    """A CUDA graph. Nothing may wait for the GPU in it."""
+class _CudaGraph:
+    """What one GPU does between two points of a program. Nothing may wait for it there."""
 
-    def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
-        """run: the function. inputs: the tensors whose values differ from replay to replay."""
-        with _Rehearsal(), _NoWayAround():  # before a recording breaks
-            run()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
-        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            run()  # libraries set themselves up at the first call
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # a recording has memory of its own, and cannot take what is kept for others
+
+    def begin(self) -> None:
+        with torch.cuda.device(self._device):
             self._graph.capture_begin(capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        with torch.cuda.device(self._device):
+            self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    @staticmethod
+    @contextmanager
+    def prepared(run: Callable[[], Any], devices: Iterable[torch.device]) -> Iterator[None]:
+        """While open, graphs can be made of what `run` does on these devices: on streams of their own."""
+        streams = [(torch.cuda.current_stream(device), torch.cuda.Stream(device)) for device in devices]
+        with ExitStack() as stack:
+            for current, stream in streams:
+                stream.wait_stream(current)
+                stack.enter_context(torch.cuda.stream(stream))
+            run()  # libraries set themselves up at the first call
+            for _, stream in streams:
+                stream.synchronize()
+            torch.cuda.empty_cache()  # a graph has memory of its own, and cannot take what is kept for others
+            yield
+        for current, stream in streams:
+            current.wait_stream(stream)
+
+
+class _Stretch(NamedTuple):
+    """What a function does on one device, and the copies that take it to the next."""
+
+    graph: Any
+    copies: list[tuple[Tensor, Tensor]]  # sources and targets
+
+
+class CudaRecording:
+    """CUDA graphs, each of one device, and the copies between them."""
+
+    graph_class: Any = _CudaGraph
+
+    def __init__(self, run: Run, device: torch.device, inputs: Iterable[Tensor]) -> None:
+        """run: the function. device: where it begins. inputs: the tensors whose values differ from replay to replay."""
+        rehearsal = _Rehearsal(device)
+        with rehearsal, _NoWayAround():  # before a recording breaks
+            run(rehearsal.move)
+        self._stretches: list[_Stretch] = []
+        with self.graph_class.prepared(lambda: run(copy_to_device), rehearsal.devices):
+            self._begin(device)
             try:
-                self._output = run()
+                self._output = run(self._move)
             finally:
-                self._graph.capture_end()
-        current.wait_stream(stream)
+                self._stretches[-1].graph.end()
 
     def replay(self) -> Tensor:
-        self._graph.replay()
+        for graph, copies in self._stretches:
+            graph.replay()
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
         return self._output.clone()
+
+    def _begin(self, device: torch.device) -> None:
+        self._device = device
+        self._stretches.append(_Stretch(self.graph_class(device), []))
+        self._stretches[-1].graph.begin()
+
+    def _move(self, tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+        if not tensors and device == self._device:
+            return []
+        stretch = self._stretches[-1]
+        stretch.graph.end()
+        targets = [torch.zeros_like(tensor, device=device) for tensor in tensors]
+        stretch.copies.extend(zip(tensors, targets, strict=True))
+        self._begin(device)
+        return targets
 
 
 class _Step(NamedTuple):
@@ -131,10 +208,10 @@ class HostRecording:
     Decoder blocks that follow each other are one call.
     """
 
-    def __init__(self, run: Callable[[], Tensor], device: torch.device, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, run: Run, device: torch.device, inputs: Iterable[Tensor]) -> None:
         """As of CudaRecording."""
-        with _Rehearsal() as rehearsal, _NoWayAround():
-            output = run()
+        with _Rehearsal(device) as rehearsal, _NoWayAround():
+            output = run(rehearsal.move)
         self._places: dict[int, int] = {}  # of results by their identity
         self._steps = [self._step(call) for call in _with_blocks_joined(_changing(rehearsal.calls, inputs))]
         self._results: list[Any] = [None] * len(self._places)

@@ -3,14 +3,15 @@
 Hidden states move where one part is on another device than the one before. What all blocks are given beside them (the
 mask, the positions) moves once to each device, however many blocks are there. The hooks are torch's own and sit on
 whole parts, so that fused blocks stay fused; they look up the device at each call, so that a model moved by `.to` runs
-too.
+too. Who records a model's forward is told of each boundary (`moved_by`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,27 @@ from transformers import PreTrainedModel
 
 from autoq.errors import CheckpointError
 
+# Copies tensors to a device, on which the model goes on.
+Move = Callable[[list[Tensor], torch.device], list[Tensor]]
+
+
+def copy_to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+_move: ContextVar[Move] = ContextVar("move", default=copy_to_device)
+
+
+@contextmanager
+def moved_by(move: Move) -> Iterator[None]:
+    """While open, tensors move between the parts of connected models by this function. It is called whenever a part
+    begins, with what that needs from other devices, which may be nothing."""
+    token = _move.set(move)
+    try:
+        yield
+    finally:
+        _move.reset(token)
+
 
 def connect(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Has every part of a model get its inputs on its device, and the outputs come back to that of the inputs.
@@ -45,8 +67,13 @@ def connect(model: PreTrainedModel, parts: Iterable[str]) -> None:
 def hand_over(part: nn.Module, successor: nn.Module) -> None:
     """Has the module that takes the place of a connected part get its inputs as that did."""
     for hook in part._forward_pre_hooks.values():
-        if isinstance(hook, _MoveInputs):
+        if is_mover(hook):
             successor.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def is_mover(hook: Any) -> bool:
+    """Whether a forward pre-hook is one of `connect`, which changes nothing but devices."""
+    return isinstance(hook, _MoveInputs)
 
 
 def disconnect(model: PreTrainedModel) -> None:
@@ -148,9 +175,23 @@ class _MoveInputs:
 
     def __call__(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device(part)
-        if device is not None:
-            return self._moved(args, device), self._moved(kwargs, device)
-        return None
+        if device is None:
+            return None
+        if torch.compiler.is_compiling():
+            return _replaced((args, kwargs), lambda tensor: tensor.to(device))
+        there: dict[int, Tensor] = {}  # copies, by the identity of their originals
+        wanted = []
+        for tensor in _tensors((args, kwargs)):
+            copy = self._kept_copy(tensor, device)
+            if copy is not None:
+                there[id(tensor)] = copy
+            elif tensor.device != device:
+                wanted.append(tensor)
+        for tensor, copy in zip(wanted, _move.get()(wanted, device), strict=True):
+            there[id(tensor)] = copy
+            if _can_be_kept(tensor):
+                self._copies.setdefault(tensor, {})[device] = (tensor._version, copy)
+        return _replaced((args, kwargs), lambda tensor: there.get(id(tensor), tensor))
 
     def _device(self, part: nn.Module) -> torch.device | None:
         reference = self._homes.get(part)
@@ -162,26 +203,43 @@ class _MoveInputs:
             self._homes[part] = weakref.ref(tensor)
         return device
 
-    def _moved(self, value: Any, device: torch.device) -> Any:
-        if isinstance(value, Tensor):
-            return value if value.device == device else self._copy(value, device)
-        if type(value) in (tuple, list):
-            return type(value)(self._moved(entry, device) for entry in value)
-        if type(value) is dict:
-            return {name: self._moved(entry, device) for name, entry in value.items()}
-        return value
+    def _kept_copy(self, tensor: Tensor, device: torch.device) -> Tensor | None:
+        """A copy that is sure to equal its original: nobody wrote to that since."""
+        if not _can_be_kept(tensor):
+            return None
+        version, copy = self._copies.get(tensor, {}).get(device, (None, None))
+        return copy if version == tensor._version else None
 
-    def _copy(self, tensor: Tensor, device: torch.device) -> Tensor:
-        # A copy is used again only while it is sure to equal its original: it belongs to no graph, and its version
-        # tells whether somebody wrote to it.
-        if tensor.requires_grad or tensor.is_inference() or torch.compiler.is_compiling():
-            return tensor.to(device)
-        copies = self._copies.setdefault(tensor, {})
-        version, copy = copies.get(device, (None, None))
-        if copy is None or version != tensor._version:
-            copy = tensor.to(device)
-            copies[device] = (tensor._version, copy)
-        return copy
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    """Whether a copy can be used again: it belongs to no graph, and its original's version tells who wrote to that."""
+    return not (tensor.requires_grad or tensor.is_inference())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a part's arguments, each once: a cache among them is left alone."""
+    found: dict[int, Tensor] = {}
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif type(value) in (tuple, list):
+            waiting.extend(value)
+        elif type(value) is dict:
+            waiting.extend(value.values())
+    return iter(found.values())
+
+
+def _replaced(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments with other tensors."""
+    if isinstance(value, Tensor):
+        return replace(value)
+    if type(value) in (tuple, list):
+        return type(value)(_replaced(entry, replace) for entry in value)
+    if type(value) is dict:
+        return {name: _replaced(entry, replace) for name, entry in value.items()}
+    return value
 
 
 class _MoveOutputs:

@@ -33,6 +33,7 @@ from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.held import Contents, HeldTensors
 from autoq.nn.linear import QuantLinear
 from autoq.nn.recording import CannotBeRecorded, CudaRecording, HostRecording, Recording
+from autoq.nn.spread import Move, moved_by
 
 # What the step is given, each in a buffer of its own; whatever else a call asks for is not recorded.
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -56,9 +57,11 @@ class _StaticLayer(KVLayer):
 
     length: Tensor
 
-    def __init__(self, buffers: KVBuffers, length: Tensor, masked: bool) -> None:
+    def __init__(self, buffers: KVBuffers, length: Tensor, length_of_inputs: Tensor, masked: bool) -> None:
+        """length: on the block's device. length_of_inputs: the same on that of the model's inputs, which transformers
+        asks for."""
         super().__init__(buffers.key_scales is not None)
-        self._buffers, self.length = buffers, length
+        self._buffers, self.length, self._length_of_inputs = buffers, length, length_of_inputs
         self.is_initialized = True
         self.is_compileable = masked  # transformers then makes the mask whatever its values, without looking at them
 
@@ -73,7 +76,7 @@ class _StaticLayer(KVLayer):
         raise CannotBeRecorded("a block that does not run fused")
 
     def get_seq_length(self) -> Any:
-        return self.length
+        return self._length_of_inputs
 
     def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
         assert self._buffers is not None
@@ -92,14 +95,15 @@ class _Slot:
     cache can move in, and the recordings are used again.
     """
 
-    def __init__(self, layers: list[KVLayer]) -> None:
+    def __init__(self, layers: list[KVLayer], device: torch.device) -> None:
+        """device: where the inputs are; the blocks, and with them the buffers, may be on others."""
         self.buffers: list[KVBuffers] = [layer.lend() for layer in layers]
         self._owner = weakref.ref(layers[0])
-        keys = self.buffers[0].keys
-        self.batch, self.capacity, self.device = keys.shape[0], self.buffers[0].capacity, keys.device
+        self.batch, self.capacity, self.device = self.buffers[0].keys.shape[0], self.buffers[0].capacity, device
         self.bytes = sum(tensor.nbytes for buffers in self.buffers for tensor in buffers if tensor is not None)
         with torch.inference_mode(False):
-            self.length = torch.zeros((), dtype=torch.int64, device=self.device)
+            devices = {device, *(buffers.keys.device for buffers in self.buffers)}
+            self.lengths = {each: torch.zeros((), dtype=torch.int64, device=each) for each in devices}
         self.inputs: dict[str, Tensor] = {}
         self.recordings: dict[tuple[str, ...], _RecordedStep] = {}  # by the names of their inputs
 
@@ -127,7 +131,8 @@ class _Slot:
 
     def fill(self, inputs: dict[str, Tensor], length: int) -> None:
         """Puts a step's inputs where the recordings read them."""
-        self.length.fill_(length)
+        for tensor in self.lengths.values():
+            tensor.fill_(length)
         for name, value in inputs.items():
             if name not in self.inputs:
                 columns = self.capacity if name == "attention_mask" else 1
@@ -138,7 +143,10 @@ class _Slot:
 
     def cache(self, masked: bool) -> DynamicCache:
         cache = DynamicCache()
-        cache.layers = [_StaticLayer(buffers, self.length, masked) for buffers in self.buffers]
+        here = self.lengths[self.device]
+        cache.layers = [
+            _StaticLayer(buffers, self.lengths[buffers.keys.device], here, masked) for buffers in self.buffers
+        ]
         return cache
 
 
@@ -164,7 +172,7 @@ class _Snapshot:
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
         inside = {module for block in blocks for module in block.modules()}  # which the fused blocks look at
         self._can_be_recorded = (
-            len({tensor.device for tensor in self._held.tensors}) == 1
+            len({tensor.device.type for tensor in self._held.tensors}) == 1
             and len(fused) == len(blocks)
             and all(_is_known(module) for module in self._modules if module not in inside)
         )
@@ -315,7 +323,7 @@ class RecordedSteps:
                 self._impossible = True
                 return None
             self._snapshot = snapshot
-        slot = self._slot(layers, length)
+        slot = self._slot(layers, length, inputs["input_ids"].device)
         slot.fill(inputs, length)
         step = slot.recordings.get(tuple(inputs))
         if step is None:
@@ -333,7 +341,7 @@ class RecordedSteps:
             layer.advance(1)
         return step.output_class(logits=logits, past_key_values=cache)
 
-    def _slot(self, layers: list[KVLayer], length: int) -> _Slot:
+    def _slot(self, layers: list[KVLayer], length: int, device: torch.device) -> _Slot:
         """The slot of these layers, with room for one more token."""
         for layer in layers:
             layer.make_room(1)
@@ -345,18 +353,19 @@ class RecordedSteps:
                 slot.take_in(layers)
                 return slot
         self._drop_slots(lambda _: 0)  # memory is for those in use
-        self._slots.append(_Slot(layers))
+        self._slots.append(_Slot(layers, device))
         return self._slots[-1]
 
     def _record(self, model: PreTrainedModel, slot: _Slot, names: tuple[str, ...]) -> _RecordedStep | None:
         masked = "attention_mask" in names
         output_class: type[Any] = type(None)
 
-        def run() -> Tensor:
+        def run(move: Move) -> Tensor:
             nonlocal output_class
             # Views, which are new objects: nothing looked up for the tensors of another run is taken for theirs.
             inputs = {name: slot.inputs[name].view_as(slot.inputs[name]) for name in names}
-            output = type(model).forward(model, **inputs, past_key_values=slot.cache(masked), use_cache=True)
+            with moved_by(move):
+                output = type(model).forward(model, **inputs, past_key_values=slot.cache(masked), use_cache=True)
             if {name for name, value in output.items() if value is not None} != {"logits", "past_key_values"}:
                 raise CannotBeRecorded("a model that returns more than logits and the cache")
             output_class = type(output)
@@ -365,7 +374,8 @@ class RecordedSteps:
 
         try:
             with torch.inference_mode(False), torch.no_grad():  # for calls in any mode to come
-                recording = RECORDERS[slot.device.type](run, slot.device, (slot.length, *slot.inputs.values()))
+                changing = (*slot.lengths.values(), *slot.inputs.values())
+                recording = RECORDERS[slot.device.type](run, slot.device, changing)
                 return _RecordedStep(recording, output_class)
         except CannotBeRecorded:
             pass

@@ -34,10 +34,11 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # Examples a streamed data set holds to shuffle among them.
 _SHUFFLE_BUFFER = 1000
 
-_ALTERNATIVES = (
-    "pass a list of strings, a .txt, .jsonl, .json or .parquet file, or leave calib_data out "
-    "to calibrate on the text that comes with Python, which needs no network"
-)
+# What leaving out an argument means.
+_DEFAULTS = {
+    "calib_data": "to calibrate on the text that comes with Python, which needs no network",
+    "eval_data": "to judge by what the calibration leaves over of its data",
+}
 
 
 class _HubDataset(NamedTuple):
@@ -61,6 +62,22 @@ class _Source(NamedTuple):
     name: str
 
 
+class _Request(NamedTuple):
+    """How data is to be read, and the argument that it was passed as."""
+
+    argument: str
+    split: str
+    text_column: str
+    seed: int
+
+    @property
+    def alternatives(self) -> str:
+        return (
+            "pass a list of strings, a .txt, .jsonl, .json or .parquet file, "
+            f"or leave {self.argument} out {_DEFAULTS[self.argument]}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """Token samples to calibrate on.
@@ -82,6 +99,11 @@ class CalibrationSet:
         rest = self.samples[count:]
         return CalibrationSet(self.samples[:count], self.source), CalibrationSet(rest, self.source) if rest else None
 
+    def overlaps(self, other: CalibrationSet) -> bool:
+        """Whether the two have a sample in common."""
+        ours = {sample.numpy().tobytes() for sample in self.samples}
+        return any(sample.numpy().tobytes() in ours for sample in other.samples)
+
     def describe(self) -> str:
         """One line with the number of samples and tokens and where they came from."""
         samples = "1 sample" if len(self.samples) == 1 else f"{len(self.samples):,} samples"
@@ -99,6 +121,7 @@ def load_calibration(
     text_column: str = "text",
     seed: int = 0,
     vocab_size: int | None = None,
+    argument: str = "calib_data",
 ) -> CalibrationSet:
     """Turns calibration data into at most `max_samples` samples of at most `max_seq_len` tokens.
 
@@ -122,20 +145,22 @@ def load_calibration(
     seed: data sets and the default text are shuffled under this seed. Lists, files and tensors keep their order.
     vocab_size: rows of the model's embedding; token ids must be below it. Default: those the tokenizer
         knows.
+    argument: what the user passes the data as, for errors: "calib_data" or "eval_data".
 
     Raises CalibrationError when the data is empty, missing, unreadable, of an unknown kind or not tokens of this model.
     """
     for name, value in (("max_samples", max_samples), ("max_seq_len", max_seq_len)):
         if value < 1:
             raise CalibrationError(f"{name} is {value}; calibration needs at least 1")
-    source = _open_source(calib_data, split, text_column, seed)
+    request = _Request(argument, split, text_column, seed)
+    source = _open_source(calib_data, request)
     if vocab_size is None and tokenizer is not None:
         vocab_size = max(tokenizer.get_vocab().values()) + 1  # not its length: ids may have gaps
     reader = _Reader(tokenizer, text_column, special_tokens=not packing, vocab_size=vocab_size, source=source.name)
     sequences = reader.read(source.items)
     samples = _pack(sequences, max_samples, max_seq_len) if packing else _truncate(sequences, max_samples, max_seq_len)
     if not samples:
-        raise CalibrationError(f"calibration data from {source.name} holds no tokens; {_ALTERNATIVES}")
+        raise CalibrationError(f"{argument}: {source.name} holds no tokens; {request.alternatives}")
     return CalibrationSet(samples, source.name)
 
 
@@ -295,28 +320,27 @@ def _sample_columns(columns: Iterable[str], text_column: str, where: str) -> lis
 # Sources ------------------------------------------------------------------------------------------------------------
 
 
-def _open_source(data: Any, split: str, text_column: str, seed: int) -> _Source:
+def _open_source(data: Any, request: _Request) -> _Source:
     if data is None:
-        return _python_reference(seed)
+        return _python_reference(request.seed)
     if isinstance(data, Path):
-        return _open_file(data, text_column)
+        return _open_file(data, request.text_column)
     if isinstance(data, str):
-        return _open_named(data, split, text_column, seed)
+        return _open_named(data, request)
     if _is_hub_object(data):
-        name = "the data set passed as calib_data"
-        return _from_dataset(*_select_split(data, name, split), text_column, seed)
+        return _from_dataset(data, f"the data set passed as {request.argument}", request)
     if isinstance(data, Mapping):
-        return _Source(_rows_of_batch(data), "token ids")
+        return _Source(_rows_of_batch(data, request.argument), "token ids")
     if isinstance(data, (list, tuple)):
-        return _from_list(data)
+        return _from_list(data, request)
     if isinstance(data, Tensor) or hasattr(data, "__array__"):
-        return _from_tensor(torch.as_tensor(data))
-    raise CalibrationError(f"calib_data is {_described(data)}, which is no calibration data; {_ALTERNATIVES}")
+        return _from_tensor(torch.as_tensor(data), request.argument)
+    raise CalibrationError(f"{request.argument} is {_described(data)}, which is no text; {request.alternatives}")
 
 
-def _from_list(data: Sequence[Any]) -> _Source:
+def _from_list(data: Sequence[Any], request: _Request) -> _Source:
     if not data:
-        raise CalibrationError(f"calib_data is an empty list; {_ALTERNATIVES}")
+        raise CalibrationError(f"{request.argument} is an empty list; {request.alternatives}")
     first = data[0]
     if _is_message(first):
         return _Source([data], "a chat")
@@ -329,17 +353,17 @@ def _from_list(data: Sequence[Any]) -> _Source:
     return _Source(data, "a list of chats" if _is_chat(first) else "token ids")
 
 
-def _from_tensor(ids: Tensor) -> _Source:
+def _from_tensor(ids: Tensor, argument: str) -> _Source:
     if ids.ndim not in (1, 2):
-        raise CalibrationError(f"calib_data is a tensor of shape {tuple(ids.shape)}; [samples, tokens] was expected")
+        raise CalibrationError(f"{argument} is a tensor of shape {tuple(ids.shape)}; [samples, tokens] was expected")
     return _Source(ids.reshape(-1, ids.shape[-1]), "token ids")
 
 
-def _rows_of_batch(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows_of_batch(batch: Mapping[str, Any], argument: str) -> Iterator[dict[str, Any]]:
     """The rows of what a tokenizer returns for one text or several."""
     if _TOKEN_COLUMN not in batch:
         raise CalibrationError(
-            f"calib_data is a mapping with the keys {_listing(batch)}; 'input_ids' was expected. To pass rows, "
+            f"{argument} is a mapping with the keys {_listing(batch)}; 'input_ids' was expected. To pass rows, "
             "pass a list of mappings"
         )
     columns = {_TOKEN_COLUMN: batch[_TOKEN_COLUMN]}
@@ -348,7 +372,7 @@ def _rows_of_batch(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if _is_flat(columns[_TOKEN_COLUMN]):
         return iter([columns])
     if len({len(column) for column in columns.values()}) > 1:
-        raise CalibrationError("calib_data has input_ids and an attention_mask of different numbers of samples")
+        raise CalibrationError(f"{argument} has input_ids and an attention_mask of different numbers of samples")
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
@@ -389,21 +413,22 @@ def _paragraphs(text: str) -> list[str]:
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def _open_named(name: str, split: str, text_column: str, seed: int) -> _Source:
+def _open_named(name: str, request: _Request) -> _Source:
     """A string is a file when it ends like one or there is one, else the name of a data set."""
     file_like = Path(name).suffix.lower() in _FILE_READERS or (name != "" and _exists(name))
     if file_like and "\n" not in name:
-        return _open_file(Path(name), text_column)
+        return _open_file(Path(name), request.text_column)
     match = _DATASET_NAME.fullmatch(name)
     if match is None:
         shown = name if len(name) <= 60 else f"{name[:60]}..."
         raise CalibrationError(
-            f"calib_data {shown!r} is neither a file nor a data set name; to calibrate on the text itself, "
+            f"{request.argument} {shown!r} is neither a file nor a data set name; to use the text itself, "
             "pass it in a list"
         )
     known = _DATASET_ALIASES.get(match["path"], _HubDataset(match["path"]))
-    request = _HubDataset(known.path, match["config"] or known.config, known.split or split)
-    return _open_dataset(request, text_column, seed)
+    return _open_dataset(
+        _HubDataset(known.path, match["config"] or known.config, known.split or request.split), request
+    )
 
 
 def _exists(name: str) -> bool:
@@ -415,15 +440,13 @@ def _exists(name: str) -> bool:
 
 def _open_file(path: Path, text_column: str) -> _Source:
     if path.is_dir():
-        raise CalibrationError(f"calibration data {path} is a directory; pass a file, or a list of the texts in it")
+        raise CalibrationError(f"{path} is a directory; pass a file, or a list of the texts in it")
     reader = _FILE_READERS.get(path.suffix.lower())
     if reader is None:
         kinds = ", ".join(_FILE_READERS)
-        raise CalibrationError(f"calibration file {path} is of the unknown kind {path.suffix!r}; known are {kinds}")
+        raise CalibrationError(f"the file {path} is of the unknown kind {path.suffix!r}; known are {kinds}")
     if not path.exists():
-        raise CalibrationError(
-            f"calibration file {path} does not exist; check the path (looked in {path.parent.absolute()})"
-        )
+        raise CalibrationError(f"the file {path} does not exist; check the path (looked in {path.parent.absolute()})")
     return _Source(reader(path, text_column), path.name)
 
 
@@ -433,11 +456,9 @@ def _open_text(path: Path) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"calibration file {path} is not UTF-8 text ({error.reason}); convert it first"
-        ) from error
+        raise CalibrationError(f"the file {path} is not UTF-8 text ({error.reason}); convert it first") from error
     except OSError as error:
-        raise CalibrationError(f"calibration file {path} cannot be read: {_reason(error)}") from error
+        raise CalibrationError(f"the file {path} cannot be read: {_reason(error)}") from error
 
 
 def _read_txt(path: Path, _: str) -> Iterator[str]:
@@ -453,9 +474,9 @@ def _read_json(path: Path, _: str) -> Iterator[Any]:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise CalibrationError(f"calibration file {path} is not valid JSON at {place}: {error.msg}") from error
+        raise CalibrationError(f"the file {path} is not valid JSON at {place}: {error.msg}") from error
     if not isinstance(items, list):
-        raise CalibrationError(f"calibration file {path} holds {_described(items)}; a list of samples was expected")
+        raise CalibrationError(f"the file {path} holds {_described(items)}; a list of samples was expected")
     yield from items
 
 
@@ -483,7 +504,7 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"calibration file {path} cannot be read as parquet: {_reason(error)}") from error
+        raise CalibrationError(f"the file {path} cannot be read as parquet: {_reason(error)}") from error
 
 
 _FILE_READERS = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -499,24 +520,25 @@ def _is_hub_object(data: Any) -> bool:
     return any(isinstance(data, getattr(datasets, name, ())) for name in names)
 
 
-def _open_dataset(request: _HubDataset, text_column: str, seed: int) -> _Source:
-    config = f" ({request.config})" if request.config else ""
-    shown = f"the data set {request.path!r}{config}, split {request.split!r}"
+def _open_dataset(wanted: _HubDataset, request: _Request) -> _Source:
+    config = f" ({wanted.config})" if wanted.config else ""
+    shown = f"the data set {wanted.path!r}{config}, split {wanted.split!r}"
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         raise CalibrationError(
-            f"loading {shown} needs the datasets package; install it with: pip install datasets, or {_ALTERNATIVES}"
+            f"loading {shown} needs the datasets package; install it with: pip install datasets, "
+            f"or {request.alternatives}"
         ) from None
     try:
-        dataset = load_dataset(request.path, request.config, split=request.split)
+        dataset = load_dataset(wanted.path, wanted.config, split=wanted.split)
     # Whatever goes wrong in the libraries below, the user's way out is the same.
     except Exception as error:
         raise CalibrationError(
             f"{shown}, could not be loaded ({_reason(error)}), and there is no file of that name; "
-            f"check the name and the network, or {_ALTERNATIVES}"
+            f"check the name and the network, or {request.alternatives}"
         ) from None
-    return _from_dataset(dataset, shown, text_column, seed)
+    return _from_dataset(dataset, shown, request)
 
 
 def _select_split(dataset: Any, name: str, split: str) -> tuple[Any, str]:
@@ -528,10 +550,12 @@ def _select_split(dataset: Any, name: str, split: str) -> tuple[Any, str]:
     return dataset[split], f"{name}, split {split!r}"
 
 
-def _from_dataset(dataset: Any, name: str, text_column: str, seed: int) -> _Source:
+def _from_dataset(dataset: Any, name: str, request: _Request) -> _Source:
     """The rows of a data set, shuffled, reduced to the columns that are needed."""
+    dataset, name = _select_split(dataset, name, request.split)
+    seed = request.seed
     if dataset.column_names is not None:  # a stream may not know its columns before it is read
-        dataset = dataset.select_columns(_sample_columns(dataset.column_names, text_column, name))
+        dataset = dataset.select_columns(_sample_columns(dataset.column_names, request.text_column, name))
     streamed = not hasattr(dataset, "num_rows")
     dataset = dataset.shuffle(seed=seed, **({"buffer_size": _SHUFFLE_BUFFER} if streamed else {}))
     return _Source(dataset, f"{name}, shuffled with seed {seed}")

@@ -4,7 +4,7 @@
 
 #include "counters.h"
 #include "linear.h"
-#include "linear_kernel.h"
+#include "linear_launch.h"
 
 namespace autoq::cuda {
 namespace {
@@ -14,29 +14,49 @@ constexpr int64_t kMostSharing = 4;
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
+bool takes_warpgroups(const DeviceProperties& device, int bits) {
+    return has_warpgroups() && device.major == 9 && bits == kWarpgroupBits;
+}
+
 int stages_of(const PackedWeight& weight) { return ceil_div(weight.units, kStageUnits); }
 
 int input_rows_of(const LinearPlan& plan, int64_t rows) {
-    return static_cast<int>(std::min<int64_t>(rows, plan.row_tiles * kTileRows));
+    const int most = plan.row_tiles * kTileRows;
+    return plan.warpgroups ? most : static_cast<int>(std::min<int64_t>(rows, most));
 }
+
+int row_parts_of(const LinearPlan& plan, int64_t rows) { return ceil_div(rows, plan.row_tiles * kTileRows); }
 
 int64_t tiles_of(const LinearPlan& plan, const PackedWeight& weight, int64_t rows) {
-    return static_cast<int64_t>(ceil_div(weight.row_blocks, 2 * plan.warps_across)) *
-           ceil_div(rows, plan.row_tiles * kTileRows);
+    return static_cast<int64_t>(ceil_div(weight.row_blocks, 2 * plan.warps_across)) * row_parts_of(plan, rows);
 }
 
+// Of the sums of all warps of a tile.
 int64_t sums_bytes(const LinearPlan& plan) { return int64_t{plan.warps_across} * 32 * plan.row_tiles * 8 * 4; }
+
+// What the blocks leave of their shared tiles.
+int64_t shared_tiles_bytes(const LinearPlan& plan) { return plan.whole_tiles ? 0 : 2 * plan.blocks * sums_bytes(plan); }
 
 int64_t shared_bytes(const LinearPlan& plan, const PackedWeight& weight, int64_t rows) {
     LinearArguments a{};
     a.warps_across = plan.warps_across;
     a.input_rows = input_rows_of(plan, rows);
-    return int64_t{plan.slices} * kStages * a.stage_bytes(weight.bits) + 16 + (plan.slices - 1) * sums_bytes(plan);
+    return int64_t{plan.slices} * kStages * a.stage_bytes(weight.bits) + kFlagBytes +
+           (plan.slices - 1) * sums_bytes(plan);
 }
 
 // Warps side by side share their input: the more rows, the more of them, and the fewer slices, whose sums have to be
 // added. As many slices and rows at a time as there is shared memory for.
-bool choose_tile(const PackedWeight& weight, int64_t rows, int64_t shared_limit, LinearPlan& plan) {
+bool choose_tile(const PackedWeight& weight, int64_t rows, const DeviceProperties& device, LinearPlan& plan) {
+    const int64_t shared_limit = device.shared_bytes_per_block;
+    plan.warpgroups = rows >= kLeastWarpgroupRows && takes_warpgroups(device, weight.bits);
+    if (plan.warpgroups) {
+        plan.row_tiles = kWarpgroupRowTiles;
+        plan.warps_across = kWarpgroupWarps;
+        plan.slices = 1;
+        if (shared_bytes(plan, weight, rows) <= shared_limit) return true;
+    }
+    plan.warpgroups = false;
     const int row_tiles = rows <= 8 ? 1 : rows <= 16 && weight.bits == 4 ? 2 : rows <= 32 ? 4 : 8;
     for (plan.row_tiles = row_tiles; plan.row_tiles >= 1; plan.row_tiles /= 2) {
         if (!has_kernel(weight.bits, plan.row_tiles)) continue;
@@ -75,7 +95,7 @@ bool linear_takes(const PackedWeight& weight) { return weight.groups == 1 || wei
 const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& plan) {
     DeviceProperties device;
     if (const char* error = device_properties(device)) return error;
-    if (!choose_tile(weight, rows, device.shared_bytes_per_block, plan)) {
+    if (!choose_tile(weight, rows, device, plan)) {
         return "this GPU has too little shared memory";
     }
     choose_blocks(weight, rows, device, plan);
@@ -83,12 +103,21 @@ const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& pl
 }
 
 bool is_possible(const LinearPlan& plan, int bits) {
+    if (plan.warpgroups) {
+        DeviceProperties device{};
+        return !device_properties(device) && takes_warpgroups(device, bits) && plan.row_tiles == kWarpgroupRowTiles &&
+               plan.warps_across == kWarpgroupWarps && plan.slices == 1 && plan.blocks >= 1 &&
+               plan.blocks <= kMostCounters;
+    }
     return has_kernel(bits, plan.row_tiles) && plan.warps_across >= 1 && plan.slices >= 1 &&
            plan.warps_across * plan.slices * 32 <= max_threads(plan.row_tiles) && plan.blocks >= 1 &&
            plan.blocks <= kMostCounters;
 }
 
-int64_t linear_workspace(const LinearPlan& plan) { return plan.whole_tiles ? 0 : 2 * plan.blocks * sums_bytes(plan); }
+int64_t linear_workspace(const LinearPlan& plan, const PackedWeight& weight, int64_t rows) {
+    return shared_tiles_bytes(plan) +
+           (plan.warpgroups ? arranged_bytes(row_parts_of(plan, rows), stages_of(weight)) : 0);
+}
 
 const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* workspace, uint32_t* counters,
                    void* stream) {
@@ -118,7 +147,7 @@ const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* w
     const uint64_t units_per_group = weight.units / weight.groups;
     a.groups_per_unit = ((uint64_t{1} << 32) + units_per_group - 1) / units_per_group;
     a.stages = stages;
-    a.row_parts = ceil_div(problem.rows, plan.row_tiles * kTileRows);
+    a.row_parts = row_parts_of(plan, problem.rows);
     a.tiles = static_cast<int>(tiles);
     a.quantum = plan.whole_tiles ? stages : 1;
     const int64_t quanta = tiles * stages / a.quantum;
@@ -132,6 +161,10 @@ const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* w
     const LaunchShape shape{{static_cast<unsigned>(blocks)},
                             {static_cast<unsigned>(plan.warps_across * plan.slices * 32)},
                             static_cast<size_t>(shared_bytes(plan, weight, problem.rows))};
+    if (plan.warpgroups) {
+        void* arranged = static_cast<unsigned char*>(workspace) + shared_tiles_bytes(plan);
+        return launch_warpgroups(a, problem.dtype, arranged, shape, stream);
+    }
     return problem.dtype == Float::kBFloat16 ? launch_linear<BFloat16>(a, weight.bits, plan.row_tiles, shape, stream)
                                              : launch_linear<Half>(a, weight.bits, plan.row_tiles, shape, stream);
 }

@@ -15,6 +15,7 @@ struct LinearPlan {
     int slices;        // warps behind each other along the columns
     int blocks;
     bool whole_tiles;  // divisions only between tiles
+    bool warpgroups;   // Hopper's kernel: 4 bits, 8 row tiles, 4 warps across, 1 slice
 };
 
 struct LinearProblem {
@@ -32,6 +33,10 @@ struct LinearProblem {
 // 16 bits.
 constexpr int64_t kMostLinearRows = 256;
 
+// From so many rows a Hopper GPU takes the kernel for warpgroups. None yet, until it is measured: gpu_kernels.py and
+// tune_linear.py (benchmarks/) time it beside the other.
+constexpr int64_t kLeastWarpgroupRows = kMostLinearRows + 1;
+
 // Whether the kernels can multiply this weight: groups must consist of whole units of 32 columns.
 bool linear_takes(const PackedWeight& weight);
 
@@ -41,12 +46,12 @@ const char* plan_linear(const PackedWeight& weight, int64_t rows, LinearPlan& pl
 // Whether there is a kernel for the plan; it may still want more shared memory than there is.
 bool is_possible(const LinearPlan& plan, int bits);
 
-// Bytes that the blocks of a plan need for the parts of shared tiles; 0 where there are none.
-int64_t linear_workspace(const LinearPlan& plan);
+// Bytes of workspace that a plan needs: for the parts of shared tiles, and for the input as warpgroups read it.
+int64_t linear_workspace(const LinearPlan& plan, const PackedWeight& weight, int64_t rows);
 
 // Launches on the stream (a cudaStream_t). `counters`, one for each block, must be zero and are zero again afterwards;
-// `workspace` need not be initialized. Neither may be in use by another launch at the same time. Returns null, or what
-// went wrong.
+// they are for shared tiles alone. `workspace`, aligned to 16 bytes, need not be initialized. Neither may be in use by
+// another launch at the same time. Returns null, or what went wrong.
 const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* workspace, uint32_t* counters,
                    void* stream);
 

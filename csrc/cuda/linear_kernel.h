@@ -17,180 +17,13 @@
 // The first two pairs are one product's columns, the others the next one's: 16 bytes feed four products. A lane reads
 // its columns of the input as 16 bytes too, and has four outputs side by side to store.
 //
-// Codes become numbers exactly: or-ed into the mantissa of a power of two, from which the zero point is then taken
-// away. Products are summed for a group of columns, then scaled in fp32: no weight is ever rounded.
+// Codes become numbers exactly (decode.h), and products are summed for a group of columns before they are scaled in
+// fp32: no weight is ever rounded.
 #pragma once
 
-#include "device.h"
-#include "linear.h"
+#include "linear_launch.h"
 
 namespace autoq::cuda {
-
-constexpr int kStageUnits = 4;  // units in a stage
-constexpr int kStageColumns = kStageUnits * kUnitColumns;
-constexpr int kStages = 4;  // stages in shared memory, of which one is multiplied while the others arrive
-constexpr int kWarpOutputs = 2 * kLanes;
-constexpr int kTileRows = 8;  // rows of the input in one product
-constexpr int kInputRowBytes = kStageColumns * 2;
-constexpr int kSlotBytes = 3 * kWarpOutputs;  // scales and zeros of one group, for the outputs of a warp
-constexpr int kParameterBytes = kStageUnits * kSlotBytes;
-
-struct LinearArguments {
-    const uint32_t* codes;
-    const uint16_t* scales;
-    const uint8_t* zeros;
-    const uint16_t* input;
-    const uint16_t* bias;
-    uint16_t* out;
-    float4* partial_sums;
-    uint32_t* counters;
-    int rows, columns, units, row_blocks, out_features, groups;
-    uint64_t groups_per_unit;  // times 2^32, rounded up
-    int stages;                // of a tile
-    int row_parts;             // tiles that share their outputs
-    int tiles;
-    // The stages of all tiles, in quanta between which they may be divided: every block has `each` or, the first
-    // `longer` ones, one more.
-    int quantum, each, longer;
-    int warps_across, slices;
-    int input_rows;  // rows of a tile that shared memory has room for
-
-    // Exact while units times units in a group are less than 2^32.
-    AUTOQ_HOST_DEVICE int group_of(int unit) const {
-        return static_cast<int>((static_cast<uint64_t>(unit) * groups_per_unit) >> 32);
-    }
-    // The first stage of a block, counted over all tiles.
-    AUTOQ_HOST_DEVICE int first_stage(int block) const {
-        return (block * each + (block < longer ? block : longer)) * quantum;
-    }
-    // The block that has a stage.
-    AUTOQ_HOST_DEVICE int block_of(int stage) const {
-        const int at = stage / quantum;
-        return at < longer * (each + 1) ? at / (each + 1) : (at - longer) / each;
-    }
-    AUTOQ_HOST_DEVICE int weight_bytes(int bits) const { return warps_across * kStageUnits * bits * 8 * 16; }
-    AUTOQ_HOST_DEVICE int stage_bytes(int bits) const {
-        return weight_bytes(bits) + warps_across * kParameterBytes + input_rows * kInputRowBytes;
-    }
-};
-
-// ---- codes to numbers -----------------------------------------------------------------------------------------------
-
-// Powers of two whose last mantissa bit is worth 1, as pairs; and their negatives, into which zero points are or-ed.
-template <typename T>
-constexpr uint32_t kMagic = std::is_same_v<T, Half> ? 0x64006400u : 0x43004300u;  // 1024, 128
-template <typename T>
-constexpr uint32_t kNegativeMagic = kMagic<T> | 0x80008000u;
-template <typename T>
-constexpr uint32_t kOne = std::is_same_v<T, Half> ? 0x3c003c00u : 0x3f803f80u;
-
-// bf16 has no room for 8 bits beside its leading one.
-template <typename T, int kBits>
-constexpr bool kThroughFloat = std::is_same_v<T, BFloat16> && kBits == 8;
-
-// The zero point of a row, in the form that `decode_row` subtracts. Zero points of up to 63 are exact.
-template <typename T, int kBits>
-struct Zero {
-    uint32_t pair;       // -(magic + zero)
-    uint32_t high_pair;  // fp16, 4 bits: -(64 + zero), for codes that stand four bits higher
-    float value;         // magic + zero, where bf16 is made through fp32
-
-    __device__ __forceinline__ void set(uint32_t zeros, int row) {
-        const uint32_t twice = permute_bytes(zeros, 0, 0x4040 + 0x0101 * row);  // the byte in both halves
-        if constexpr (kThroughFloat<T, kBits>) {
-            value = 8388608.0f + static_cast<float>(twice & 0xff);
-        } else {
-            pair = twice | kNegativeMagic<T>;
-            if constexpr (std::is_same_v<T, Half> && kBits == 4) high_pair = twice << 4 | 0xd400d400u;
-        }
-    }
-};
-
-// 2^23 + byte `i` of a word, less the zero.
-__device__ __forceinline__ float byte_to_float(uint32_t word, int i, float zero) {
-    union {
-        uint32_t bits;
-        float value;
-    } number{permute_bytes(word, 0x4b000000u, 0x7440 + i)};
-    return number.value - zero;
-}
-
-// Eight columns of a row, code minus zero, as the pairs (0, 4) (1, 5) (2, 6) (3, 7). `low` and `high` are the lane's
-// words of the row, of which 2 and 4 bits need only the first; t is the lane's place among the columns.
-template <typename T, int kBits>
-__device__ __forceinline__ void decode_row(uint32_t low, uint32_t high, int t, const Zero<T, kBits>& zero,
-                                           uint32_t (&pairs)[4]) {
-    if constexpr (kThroughFloat<T, kBits>) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            pairs[i] = pair_from_floats<T>(byte_to_float(low, i, zero.value), byte_to_float(high, i, zero.value));
-        }
-    } else if constexpr (kBits == 8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t bytes = permute_bytes(low, high, 0x0400 + 0x0101 * i);
-            pairs[i] = fma_pairs<T>(and_or(bytes, 0x00ff00ffu, kMagic<T>), kOne<T>, zero.pair);
-        }
-    } else if constexpr (kBits == 4 && std::is_same_v<T, Half>) {
-        // A code four bits higher counts 16 times; a sixteenth of 1024 is 64. One shift instead of three.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t word = i < 2 ? low : low >> 8;
-            const uint32_t magic = and_or(word, i % 2 ? 0x00f000f0u : 0x000f000fu, kMagic<T>);
-            constexpr uint32_t kSixteenth = 0x2c002c00u;
-            pairs[i] = fma_pairs<T>(magic, i % 2 ? kSixteenth : kOne<T>, i % 2 ? zero.high_pair : zero.pair);
-        }
-    } else if constexpr (kBits == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            pairs[i] = fma_pairs<T>(and_or(low >> (4 * i), 0x000f000fu, kMagic<T>), kOne<T>, zero.pair);
-        }
-    } else {
-        // Two bytes of a word, spread so that columns i and i + 4 stand 16 bits apart.
-        const auto spread = [&](uint32_t word) { return permute_bytes(word, 0u, t % 2 == 0 ? 0x4140 : 0x4342); };
-        const uint32_t own = spread(low);
-        uint32_t codes[4];
-        if constexpr (kBits == 3) {
-            const uint32_t shared = spread(high) >> (t / 2 * 4);
-            codes[0] = and_or(own, 0x00070007u, kMagic<T>);
-            codes[1] = and_or(own >> 3, 0x00070007u, kMagic<T>);
-            codes[2] = and_or(shared, 0x00070007u, kMagic<T>);
-            codes[3] = and_or(shared >> 1, 0x00040004u, and_or(own >> 6, 0x00030003u, kMagic<T>));
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) codes[i] = and_or(own >> (2 * i), 0x00030003u, kMagic<T>);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) pairs[i] = fma_pairs<T>(codes[i], kOne<T>, zero.pair);
-    }
-}
-
-// ---- a thread's place -----------------------------------------------------------------------------------------------
-
-struct Place {
-    int lane, group, member;  // lane = 4 * group + member
-    int across, slice;        // of the warp
-
-    __device__ __forceinline__ explicit Place(int warps_across)
-        : lane(threadIdx.x % 32),
-          group(lane / 4),
-          member(lane % 4),
-          across(static_cast<int>(threadIdx.x / 32) % warps_across),
-          slice(static_cast<int>(threadIdx.x / 32) / warps_across) {}
-};
-
-// What a warp makes of a tile.
-struct Tile {
-    int first_block;  // of outputs
-    int first_row, rows;
-
-    __device__ __forceinline__ Tile(const LinearArguments& a, int index, const Place& place, int most_rows) {
-        const int part = index % a.row_parts;
-        first_block = (index / a.row_parts * a.warps_across + place.across) * 2;
-        first_row = part * most_rows;
-        rows = min(a.rows - first_row, most_rows);
-    }
-};
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
@@ -206,21 +39,29 @@ class Loader {
           place_(place),
           buffers_(shared_address(buffers)),
           policy_(read_once_policy()),
-          at_(begin + place.slice),
-          end_(end),
-          index_(at_ / a.stages),
-          stage_(at_ % a.stages) {
+          walk_(a, place, begin, end) {
         start_tile();
     }
 
     // The slice's next stage, into the buffer behind the last one.
     __device__ __forceinline__ void next() {
-        if (at_ < end_) {
+        if (!walk_.is_done()) {
             load(buffers_ + buffer_ * a_.stage_bytes(kBits));
-            advance();
+            if (walk_.advance(a_)) start_tile();
         }
         copy_async_commit();
         buffer_ = (buffer_ + 1) % kStages;
+    }
+
+    // Until the oldest stage is there that was not waited for, of all warps of the slice, and nobody reads the buffer
+    // that is loaded next.
+    __device__ __forceinline__ void wait() const {
+        copy_async_wait<kStages - 2>();
+        if (a_.warps_across > 1) {
+            sync_barrier(1 + place_.slice, a_.warps_across * 32);
+        } else {
+            sync_warp();
+        }
     }
 
   private:
@@ -230,17 +71,8 @@ class Loader {
     static constexpr int kPatternUnits = kPatterns * 4 / kBits;
     static constexpr int kUnitWords = kBits * kLanes;
 
-    __device__ __forceinline__ void advance() {
-        at_ += a_.slices;
-        stage_ += a_.slices;
-        if (stage_ >= a_.stages) {
-            for (; stage_ >= a_.stages; ++index_) stage_ -= a_.stages;
-            start_tile();
-        }
-    }
-
     __device__ __forceinline__ void start_tile() {
-        const Tile tile(a_, index_, place_, kTiles * kTileRows);
+        const Tile tile(a_, walk_.tile, place_, kTiles * kTileRows);
         const int last_block = a_.row_blocks - 1;
 #pragma unroll
         for (int i = 0; i < kPatterns; ++i) {
@@ -262,7 +94,7 @@ class Loader {
     __device__ __forceinline__ int input_chunk() const { return place_.lane % 16; }
 
     __device__ __forceinline__ void load(SharedAddress buffer) const {
-        const int first = stage_ * kStageUnits;
+        const int first = walk_.stage * kStageUnits;
         const SharedAddress parameters = buffer + a_.weight_bytes(kBits);
         const int units = min(a_.units - first, kStageUnits);
         load_weights(buffer + place_.across * (kStageUnits * kBits * 8 * 16), first, units);
@@ -312,7 +144,7 @@ class Loader {
     const Place& place_;
     SharedAddress buffers_;
     uint64_t policy_;
-    int at_, end_, index_, stage_;
+    Walk walk_;
     unsigned buffer_ = 0;
     const uint32_t* codes_[kPatterns];
     const unsigned char* parameters_;
@@ -321,18 +153,6 @@ class Loader {
 };
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
-
-template <int kTiles>
-__device__ __forceinline__ void clear_sums(float (&sums)[2][kTiles][4]) {
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[pair][tile][i] = 0.0f;
-        }
-    }
-}
 
 template <typename T, int kBits, int kTiles>
 struct Multiplier {
@@ -353,38 +173,16 @@ struct Multiplier {
     // Units [first, first + kCount) of the stage, which belong to one group, whose parameters are in the slot.
     template <int kCount>
     __device__ __forceinline__ void multiply_group(int first, int slot) {
-        const unsigned char* from = parameters + slot * kSlotBytes;
-        const uint2 scales = *reinterpret_cast<const uint2*>(from + 8 * place.group);
-        const uint32_t zeros = *reinterpret_cast<const uint32_t*>(from + 64 + 4 * place.group);
-        Zero<T, kBits> zero[4];
-#pragma unroll
-        for (int row = 0; row < 4; ++row) zero[row].set(zeros, row);
-
+        const Group<T, kBits> group(parameters + slot * kSlotBytes, place);
         float partial[2][kTiles][4];
         clear_sums(partial);
         // Unrolled, the sums of 64 rows would not leave enough registers.
 #pragma unroll(kTiles < 8 ? kCount : 1)
-        for (int i = 0; i < kCount; ++i) multiply_unit(first + i, zero, partial);
-
-        const float scale[4] = {low_half(scales.x), high_half(scales.x), low_half(scales.y), high_half(scales.y)};
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-#pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sum[pair][tile][i] += scale[2 * pair + i / 2] * partial[pair][tile][i];
-            }
-        }
+        for (int i = 0; i < kCount; ++i) multiply_unit(first + i, group.zero, partial);
+        group.add(sum, partial);
     }
 
   private:
-    __device__ static __forceinline__ float low_half(uint32_t pair) {
-        return to_float(Half{static_cast<uint16_t>(pair)});
-    }
-    __device__ static __forceinline__ float high_half(uint32_t pair) {
-        return to_float(Half{static_cast<uint16_t>(pair >> 16)});
-    }
-
     // The lane's four rows of one of the unit's words.
     __device__ __forceinline__ uint4 word(int unit, int index) const {
         return *reinterpret_cast<const uint4*>(weights + ((unit * 8 + place.group) * kBits + index) * 16);
@@ -408,8 +206,8 @@ struct Multiplier {
             const int n = min(tile * kTileRows + place.group, last_row);
             const int chunk = (unit * 4 + t) ^ (n % 2 * 4);
             const uint4 x = *reinterpret_cast<const uint4*>(input + n * kInputRowBytes + chunk * 16);
-            const uint32_t pairs[4] = {permute_bytes(x.x, x.z, 0x5410), permute_bytes(x.x, x.z, 0x7632),
-                                       permute_bytes(x.y, x.w, 0x5410), permute_bytes(x.y, x.w, 0x7632)};
+            uint32_t pairs[4];
+            pair_columns(x, pairs);
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -423,185 +221,17 @@ struct Multiplier {
     }
 };
 
-// ---- adding up and storing ------------------------------------------------------------------------------------------
-
-// A warp's sums are handed on as float4s in the order of its fragments, [fragment][thread].
-template <int kTiles>
-__device__ __forceinline__ float4 fragment(const float (&sum)[2][kTiles][4], int index) {
-    const float (&part)[4] = sum[index / kTiles][index % kTiles];
-    return make_float4(part[0], part[1], part[2], part[3]);
-}
-
-template <int kTiles>
-__device__ __forceinline__ void add_fragment(float (&sum)[2][kTiles][4], int index, const float4& part) {
-    sum[index / kTiles][index % kTiles][0] += part.x;
-    sum[index / kTiles][index % kTiles][1] += part.y;
-    sum[index / kTiles][index % kTiles][2] += part.z;
-    sum[index / kTiles][index % kTiles][3] += part.w;
-}
-
-// Adds the sums of all slices, in order, to those of the first.
-template <int kTiles>
-__device__ __forceinline__ void add_slices(const LinearArguments& a, const Place& place, float4* shared,
-                                           float (&sum)[2][kTiles][4]) {
-    const int threads = a.warps_across * 32, thread = place.across * 32 + place.lane;
-    sync_threads();  // the first slice has read what was here for the tile before
-    if (place.slice > 0) {
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) {
-            shared[((place.slice - 1) * 2 * kTiles + i) * threads + thread] = fragment(sum, i);
-        }
-    }
-    sync_threads();
-    if (place.slice > 0) return;
-#pragma unroll 1
-    for (int slice = 0; slice < a.slices - 1; ++slice) {
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) add_fragment(sum, i, shared[(slice * 2 * kTiles + i) * threads + thread]);
-    }
-}
-
-// Adds the sums of the blocks that share a tile: each leaves its own in the workspace, and the last to come takes all,
-// in the order of the blocks. Returns whether this is the last. Called by the first slice.
-template <int kTiles>
-__device__ __forceinline__ bool add_blocks(const LinearArguments& a, const Place& place, int tile, int* is_last,
-                                           float (&sum)[2][kTiles][4]) {
-    const int threads = a.warps_across * 32, thread = place.across * 32 + place.lane;
-    const int first = a.block_of(tile * a.stages), last = a.block_of((tile + 1) * a.stages - 1);
-    // A block has at most two shared tiles: one that began before it, and one that goes on behind it.
-    const auto place_of = [&](unsigned owner) {
-        return a.partial_sums +
-               static_cast<int64_t>(2 * owner + (owner == static_cast<unsigned>(first))) * 2 * kTiles * threads +
-               thread;
-    };
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) store_global(place_of(blockIdx.x) + i * threads, fragment(sum, i));
-    memory_fence();
-    sync_barrier(1, threads);
-    if (thread == 0) {
-        *is_last = atomic_add(a.counters + first, 1) == static_cast<uint32_t>(last - first);
-        if (*is_last) store_global(a.counters + first, 0u);
-    }
-    sync_barrier(1, threads);
-    if (!*is_last) return false;
-    memory_fence();
-    clear_sums(sum);
-    // All of a block's fragments are asked for before the first is waited for, and where these are few, several
-    // blocks'.
-#pragma unroll(kTiles < 4 ? 4 : 1)
-    for (int owner = first; owner <= last; ++owner) {
-        float4 parts[2 * kTiles];
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) parts[i] = load_written(place_of(owner) + i * threads);
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) add_fragment(sum, i, parts[i]);
-    }
-    return true;
-}
-
-// Four outputs of a row, side by side.
-template <typename T>
-__device__ __forceinline__ void store_outputs(const LinearArguments& a, int row, int first, float (&values)[4]) {
-    uint16_t* to = a.out + static_cast<int64_t>(row) * a.out_features + first;
-    if (a.bias) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (first + i < a.out_features) values[i] += to_float(T{load_global(a.bias + first + i)});
-        }
-    }
-    if (a.out_features % 4 == 0) {
-        if (first < a.out_features) {
-            store_global(reinterpret_cast<uint2*>(to), make_uint2(pair_from_floats<T>(values[0], values[1]),
-                                                                  pair_from_floats<T>(values[2], values[3])));
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (first + i < a.out_features) store_global(to + i, from_float<T>(values[i]).bits);
-    }
-}
-
-template <typename T, int kTiles>
-__device__ __forceinline__ void store_tile(const LinearArguments& a, const Place& place, const Tile& tile,
-                                           const float (&sum)[2][kTiles][4]) {
-    const int first = tile.first_block * kLanes + 4 * place.group;
-#pragma unroll
-    for (int part = 0; part < kTiles; ++part) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = part * kTileRows + 2 * place.member + i;
-            float values[4] = {sum[0][part][i], sum[0][part][2 + i], sum[1][part][i], sum[1][part][2 + i]};
-            if (row < tile.rows) store_outputs<T>(a, tile.first_row + row, first, values);
-        }
-    }
-}
-
 // ---- the kernel -----------------------------------------------------------------------------------------------------
-
-// The most threads of a block; more registers for more rows.
-constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 512 : 256; }
 
 template <typename T, int kBits, int kTiles>
 __global__ void __launch_bounds__(max_threads(kTiles)) linear_kernel(const LinearArguments a) {
     const Place place(a.warps_across);
     const int begin = a.first_stage(blockIdx.x), end = a.first_stage(blockIdx.x + 1);
     const int stage_bytes = a.stage_bytes(kBits);
-    unsigned char* buffers = shared_memory() + place.slice * kStages * stage_bytes;
-    auto* slice_sums = reinterpret_cast<float4*>(shared_memory() + a.slices * kStages * stage_bytes + 16);
-    auto* is_last = reinterpret_cast<int*>(slice_sums) - 4;
-
-    // Stages are loaded up to three ahead of the one that is multiplied, across the border between tiles.
-    Loader<kBits, kTiles> loader(a, place, begin, end, buffers);
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) loader.next();
-
+    const SharedParts parts(a, place, stage_bytes);
+    Loader<kBits, kTiles> loader(a, place, begin, end, parts.stages);
     Multiplier<T, kBits, kTiles> multiplier{place};
-    const int units_per_group = a.groups == 1 ? kStageUnits : a.units / a.groups;
-    unsigned buffer = 0;
-    int at = begin + place.slice;
-    for (int index = begin / a.stages; index * a.stages < end; ++index) {
-        const Tile tile(a, index, place, kTiles * kTileRows);
-        clear_sums(multiplier.sum);
-        for (; at < min(end, (index + 1) * a.stages); at += a.slices) {
-            copy_async_wait<kStages - 2>();
-            // What the slice's other warps have loaded is there, and nobody reads the buffer that is loaded next.
-            if (a.warps_across > 1) {
-                sync_barrier(1 + place.slice, a.warps_across * 32);
-            } else {
-                sync_warp();
-            }
-            loader.next();
-            multiplier.start_stage(a, buffers + buffer * stage_bytes, tile.rows);
-            if (units_per_group % kStageUnits == 0) {
-                multiplier.template multiply_group<kStageUnits>(0, 0);
-            } else {
-                const int first = (at - index * a.stages) * kStageUnits;
-#pragma unroll 1
-                for (int unit = 0; unit < min(kStageUnits, a.units - first); ++unit) {
-                    multiplier.template multiply_group<1>(unit, a.group_of(first + unit) - a.group_of(first));
-                }
-            }
-            buffer = (buffer + 1) % kStages;
-        }
-        if (a.slices > 1) add_slices(a, place, slice_sums, multiplier.sum);
-        if (place.slice > 0) continue;
-        const bool is_whole = begin <= index * a.stages && (index + 1) * a.stages <= end;
-        if (is_whole || add_blocks(a, place, index, is_last, multiplier.sum)) {
-            store_tile<T>(a, place, tile, multiplier.sum);
-        }
-    }
-}
-
-// Launches the kernel for the weight's bits and the plan's row tiles; defined in a file for each dtype, which are
-// compiled side by side.
-template <typename T>
-const char* launch_linear(const LinearArguments& arguments, int bits, int row_tiles, const LaunchShape& shape,
-                          void* stream);
-
-// Which kernels there are: 4 bits come in every size, the others, less common, in two.
-constexpr bool has_kernel(int bits, int row_tiles) {
-    return row_tiles == 1 || row_tiles == 4 || (bits == 4 && (row_tiles == 2 || row_tiles == 8));
+    make_tiles<T, kTiles>(a, place, parts, stage_bytes, begin, end, loader, multiplier);
 }
 
 template <typename T, int kBits>

@@ -95,10 +95,10 @@ Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std
     const Tensor out = torch::stable::new_empty(input, {input.size(0), weight.out_features});
 
     uint32_t* counters = nullptr;
+    if (!plan.whole_tiles) check_launched(cuda::counters_for(stream, counters), "linear");
     std::optional<Tensor> workspace;
-    if (!plan.whole_tiles) {
-        check_launched(cuda::counters_for(stream, counters), "linear");
-        workspace = torch::stable::new_empty(input, {cuda::linear_workspace(plan)}, ScalarType::Byte);
+    if (const int64_t bytes = cuda::linear_workspace(plan, weight, input.size(0))) {
+        workspace = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
     }
     const cuda::LinearProblem problem{weight,  float_of(input.scalar_type()),     input.data_ptr(), input.size(0),
                                       columns, bias ? bias->data_ptr() : nullptr, out.data_ptr()};
@@ -156,15 +156,19 @@ Tensor linear_cuda(const Tensor& input, const Tensor& codes, const Tensor& scale
 // linear by our kernels with a plan of the caller's choice, for benchmarks/tune_linear.py alone.
 Tensor linear_with_plan(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                         int64_t bits, int64_t out_features, int64_t row_tiles, int64_t warps_across, int64_t slices,
-                        int64_t blocks, bool whole_tiles) {
+                        int64_t blocks, bool whole_tiles, bool warpgroups) {
     check_linear(input, std::nullopt, out_features, "exact");
     check_on_device("linear_with_plan", codes, scales, zeros);
     STD_TORCH_CHECK(input.device() == codes.device(), "autoq::linear_with_plan: input must be on the weight's device");
     const torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
     const Multiplication m(input, codes, scales, zeros, bits, out_features);
     STD_TORCH_CHECK(m.can_be_few() && m.input.size(0) > 0, "autoq::linear_with_plan: the kernels do not take this");
-    const cuda::LinearPlan plan{static_cast<int>(row_tiles), static_cast<int>(warps_across), static_cast<int>(slices),
-                                static_cast<int>(blocks), whole_tiles};
+    const cuda::LinearPlan plan{static_cast<int>(row_tiles),
+                                static_cast<int>(warps_across),
+                                static_cast<int>(slices),
+                                static_cast<int>(blocks),
+                                whole_tiles,
+                                warpgroups};
     STD_TORCH_CHECK(cuda::is_possible(plan, static_cast<int>(bits)), "autoq::linear_with_plan: there is no such plan");
     return m.in_shape(multiply_few(m.packed, m.input, std::nullopt, plan, m.stream));
 }
@@ -190,7 +194,7 @@ Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(autoq, m) {
     m.def(
         "linear_with_plan(Tensor input, Tensor codes, Tensor scales, Tensor zeros, int bits, int out_features, "
-        "int row_tiles, int warps_across, int slices, int blocks, bool whole_tiles) -> Tensor");
+        "int row_tiles, int warps_across, int slices, int blocks, bool whole_tiles, bool warpgroups) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) {

@@ -142,6 +142,7 @@ struct Block {
     std::vector<char> shared;
     size_t shared_bytes = 0;
     int alive = 0, current = 0;
+    unsigned long run = 0;  // counted
     jmp_buf scheduler;
     std::function<void()> kernel;
 };
@@ -208,6 +209,7 @@ inline void start_block(unsigned threads, size_t shared_bytes) {
     running.shared.assign(shared_bytes + kCanary + 128, static_cast<char>(kPoison));
     running.shared_bytes = shared_bytes;
     running.alive = static_cast<int>(threads);
+    ++running.run;
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& made = running.fibers[i];
         made.thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};

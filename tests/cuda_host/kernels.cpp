@@ -1,6 +1,6 @@
 // Small kernels with known results, right and wrong ones, to test the emulation itself.
-#include "device.h"
 #include "harness.h"
+#include "hopper.h"
 
 namespace autoq::cuda {
 namespace {
@@ -38,6 +38,38 @@ __global__ void matrix_product(const uint4* a, const uint2* b, float4* d) {
     float sum[4] = {};
     mma_m16n8k16<Half>(sum, fragment, inputs.x, inputs.y);
     store_global(d + threadIdx.x, make_float4(sum[0], sum[1], sum[2], sum[3]));
+}
+
+// Four warps: d = 1 + 2 a b^T, of 64 x 16 by 64 x 16, the second operand in pieces, copied in bulk.
+__global__ void warpgroup_product(const uint32_t* a, const unsigned char* b, float* d, bool wait, int told) {
+    constexpr int kBytes = 64 * 16 * 2;
+    const SharedAddress matrix = shared_address(shared_memory());
+    const SharedAddress barrier = matrix + kBytes;
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        publish_barriers();
+    }
+    sync_threads();
+    if (threadIdx.x == 0) {
+        barrier_expect(barrier, told);
+        copy_bulk(matrix, b, kBytes / 2, barrier);
+        copy_bulk(matrix + kBytes / 2, b + kBytes / 2, kBytes / 2, barrier);
+    }
+    barrier_wait(barrier, 0);
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+    uint32_t fragment[4];
+    for (int i = 0; i < 4; ++i) fragment[i] = load_global(a + (row + i % 2 * 8) * 8 + lane % 4 + i / 2 * 4);
+    float sum[8][4];
+    for (auto& part : sum) part[0] = part[1] = part[2] = part[3] = 1.0f;
+    warpgroup_begin();
+    for (int i = 0; i < 2; ++i) {
+        warpgroup_multiply<Half>(sum, fragment, SharedMatrix(matrix, kBytes / 2, 128), true);
+    }
+    warpgroup_commit();
+    if (wait) warpgroup_wait<0>();
+    for (int i = 0; i < 32; ++i) {
+        store_global(d + (row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2, sum[i / 4][i % 4]);
+    }
 }
 
 // The sum over a warp; lane 31 stays away from the last step where it is told to.
@@ -80,6 +112,11 @@ AUTOQ_EXPORT const char* test_sum_neighbours(const void* in, void* out, int stag
 AUTOQ_EXPORT const char* test_matrix_product(const void* a, const void* b, void* d) {
     return launch(matrix_product, {{1}, {32}}, nullptr, static_cast<const uint4*>(a), static_cast<const uint2*>(b),
                   static_cast<float4*>(d));
+}
+
+AUTOQ_EXPORT const char* test_warpgroup_product(const void* a, const void* b, void* d, bool wait, int told) {
+    return launch(warpgroup_product, {{1}, {128}, 64 * 16 * 2 + 8}, nullptr, static_cast<const uint32_t*>(a),
+                  static_cast<const unsigned char*>(b), static_cast<float*>(d), wait, told);
 }
 
 AUTOQ_EXPORT const char* test_warp_sum(void* values, bool leave) {

@@ -40,8 +40,18 @@ AUTOQ_EXPORT const char* host_plan(int bits, int64_t out_features, int64_t in_fe
     const PackedWeight weight = packed_weight(nullptr, nullptr, nullptr, bits, out_features, in_features, groups);
     if (const char* error = cuda::plan_linear(weight, rows, plan)) return error;
     const int64_t numbers[] = {plan.row_tiles, plan.warps_across, plan.slices,
-                               plan.blocks,    plan.whole_tiles,  cuda::linear_workspace(plan)};
+                               plan.blocks,    plan.whole_tiles,  plan.warpgroups};
     std::copy(std::begin(numbers), std::end(numbers), found);
+    return nullptr;
+}
+
+AUTOQ_EXPORT const char* host_workspace(int bits, int64_t out_features, int64_t in_features, int64_t groups,
+                                        int64_t rows, int row_tiles, int warps_across, int slices, int blocks,
+                                        int whole_tiles, int warpgroups, int64_t* found) {
+    const PackedWeight weight = packed_weight(nullptr, nullptr, nullptr, bits, out_features, in_features, groups);
+    const cuda::LinearPlan plan{row_tiles, warps_across, slices, blocks, whole_tiles != 0, warpgroups != 0};
+    if (!cuda::is_possible(plan, bits)) return "there is no such plan";
+    *found = cuda::linear_workspace(plan, weight, rows);
     return nullptr;
 }
 
@@ -49,7 +59,7 @@ AUTOQ_EXPORT const char* host_linear(const void* codes, const void* scales, cons
                                      int64_t out_features, int64_t in_features, int64_t groups, const void* input,
                                      int dtype, int64_t rows, int64_t columns, const void* bias, void* out,
                                      void* workspace, void* counters, int row_tiles, int warps_across, int slices,
-                                     int blocks, int whole_tiles) {
+                                     int blocks, int whole_tiles, int warpgroups) {
     const cuda::LinearProblem problem{packed_weight(codes, scales, zeros, bits, out_features, in_features, groups),
                                       static_cast<Float>(dtype),
                                       input,
@@ -57,6 +67,6 @@ AUTOQ_EXPORT const char* host_linear(const void* codes, const void* scales, cons
                                       columns,
                                       bias,
                                       out};
-    return cuda::linear(problem, {row_tiles, warps_across, slices, blocks, whole_tiles != 0}, workspace,
-                        static_cast<uint32_t*>(counters), nullptr);
+    return cuda::linear(problem, {row_tiles, warps_across, slices, blocks, whole_tiles != 0, warpgroups != 0},
+                        workspace, static_cast<uint32_t*>(counters), nullptr);
 }
