@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from autoq.architectures import architecture_of
 from autoq.config import QuantConfig
-from autoq.errors import CalibrationError, CheckpointError, ConfigError
+from autoq.errors import CalibrationError, CheckpointError, ConfigError, first_line
 from autoq.evaluation.perplexity import context_length
-from autoq.loading import check_dtype, find_checkpoint, first_line, leave_on_disk, load_quantized
+from autoq.loading import check_dtype, find_checkpoint, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear, shares_head
 from autoq.nn.block import fuse_blocks
 from autoq.nn.spread import connect, disconnect, is_offloaded, remove_hooks
@@ -229,7 +229,7 @@ class AutoQForCausalLM(nn.Module):
         max_kl: the KL divergence from the full-precision model (mean over held-out positions, in nats) beyond which
             `save_quantized` refuses to save the result.
         Under `torchrun` the processes share the samples and the blocks; all end with the same model. On several
-            machines, `work_dir` and `statistics` have to be where all reach them.
+            machines, `work_dir` and `statistics` have to be where all reach them. `effort="best"` needs a `work_dir`.
         Returns the report, which is kept as `report` too.
 
         Raises ConfigError, CalibrationError, ArchitectureError or QuantizationError, each a sentence.

@@ -29,3 +29,9 @@ class CheckpointError(AutoQError, ValueError):
 
 class OperatorError(AutoQError, ValueError):
     """An operator called with tensors of the wrong shape, dtype or device."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another package says, without the pages that may follow."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

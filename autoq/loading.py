@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import OffloadedWeightsLoader, offload_weight, save_offload_index
+from accelerate.utils import offload_weight, save_offload_index
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -21,11 +21,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from autoq.architectures import architecture_of, known_model_types
 from autoq.checkpoint import CONFIG, CheckpointReader, read_json
 from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
-from autoq.errors import CheckpointError, ConfigError
+from autoq.errors import CheckpointError, ConfigError, first_line
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
 from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import connect, fetch_from_disk
+from autoq.nn.spread import DiskWeights, connect, fetch_from_disk
 from autoq.ops import PackedWeight, pack
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
@@ -63,12 +63,6 @@ def find_checkpoint(path: str | Path, **hub_options: Any) -> Path:
         raise CheckpointError(
             f"{path} is neither a directory nor a hub repository that can be reached ({first_line(error)})"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another package says, without the pages that may follow."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _quant_config(directory: Path, config: Mapping[str, Any]) -> QuantConfig:
@@ -158,7 +152,7 @@ def leave_on_disk(directory: Path, config: PretrainedConfig, torch_dtype: torch.
                 "dtype": str(tensor.dtype).removeprefix("torch."),
             }
     model.tie_weights()
-    weights = OffloadedWeightsLoader(index=index)
+    weights = DiskWeights(index=index)
     for part in parts_of(model):
         if part.is_module:
             fetch_from_disk(model, part.name, weights, torch.device("cpu"))
@@ -404,7 +398,7 @@ class _Loader:
                 self._assign(name, buffer.to(self._memory(self._devices[name])))
         if self._folder:
             save_offload_index(self._offload_index, self._folder)
-            weights = OffloadedWeightsLoader(save_folder=self._folder)
+            weights = DiskWeights(save_folder=self._folder)
             for name in placement.modules():
                 if placement.devices[name] == "disk":
                     fetch_from_disk(model, name, weights, self._memory("disk"))

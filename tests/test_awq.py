@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from autoq.nn import ScaledActivation
-from autoq.quantization import awq
+from autoq.quantization import awq, search_ops
 from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.weight import fake_quantize
 
 round_to_3_bits = partial(fake_quantize, bits=3, group_size=32)
+group_errors = partial(search_ops.group_errors, bits=3, zero_point=True)
 
 
 def _data(tokens: int = 400, channels: int = 64, rows: int = 48) -> tuple[Tensor, Tensor]:
@@ -67,11 +68,11 @@ def test_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, weight = _data()
     gram = inputs.T @ inputs
     candidates = awq.candidate_scales(inputs.abs().mean(0), None, awq.SCALE_GRID)
-    ranges = awq.search_clip(weight, gram, partial(fake_quantize, bits=3, group_size=-1), 32)
+    ranges = awq.search_clip(weight, gram, group_errors, 32)
     found = awq.search_scale(weight, gram, round_to_3_bits, candidates)
     monkeypatch.setattr(awq, "_CHUNK", 5 * 64)
     assert torch.equal(awq.search_scale(weight, gram, round_to_3_bits, candidates), found)
-    assert torch.equal(awq.search_clip(weight, gram, partial(fake_quantize, bits=3, group_size=-1), 32), ranges)
+    assert torch.equal(awq.search_clip(weight, gram, group_errors, 32), ranges)
 
 
 def test_candidates_are_centred_positive_and_include_no_scale() -> None:
@@ -126,7 +127,7 @@ def test_search_clip_takes_the_best_range_of_every_group() -> None:
     weight[0, 5] = 12.0  # an outlier worth clipping
     grid = (1.0, 0.8, 0.6)
     round_group = partial(fake_quantize, bits=3, group_size=-1)
-    found = awq.search_clip(weight, inputs.T @ inputs, round_group, 32, grid)
+    found = awq.search_clip(weight, inputs.T @ inputs, group_errors, 32, grid)
     assert found.shape == (4, 2, 1)
     for row in range(4):
         for group in range(2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoq.quantization import awq, refinement
+from autoq.quantization import awq, refinement, search_ops
 from autoq.quantization.compensation import Compensator
 from autoq.quantization.refinement import descend, refine, refit_scales, search_range
 from autoq.quantization.weight import QuantizedWeight, dequantize, fake_quantize, quantize
@@ -96,9 +96,9 @@ def test_inputs_that_say_nothing() -> None:
 def test_each_end_of_a_range_is_moved_on_its_own() -> None:
     gram, weight = _data()
     weight = torch.where(weight > 0, weight.square(), weight)  # the upper tail is longer
-    rounding = partial(fake_quantize, bits=3, group_size=-1)
-    limits = awq.search_clip(weight, gram, rounding, 16)
-    ranges = search_range(weight, gram, rounding, limits)
+    errors = partial(search_ops.group_errors, bits=3, zero_point=True)
+    limits = awq.search_clip(weight, gram, errors, 16)
+    ranges = search_range(weight, gram, errors, limits)
     assert (ranges.low <= 0).all()
     assert (ranges.high >= 0).all()
 

@@ -24,11 +24,12 @@ from accelerate.utils import (
     has_offloaded_params,
     send_to_device,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
-from autoq.errors import CheckpointError
+from autoq.errors import CheckpointError, first_line
 
 # Copies tensors to a device, on which the model goes on.
 Move = Callable[[list[Tensor], torch.device], list[Tensor]]
@@ -87,7 +88,21 @@ def disconnect(model: PreTrainedModel) -> None:
                     module._forward_hooks_with_kwargs.pop(key, None)
 
 
-def fetch_from_disk(model: PreTrainedModel, part: str, weights: OffloadedWeightsLoader, runner: torch.device) -> None:
+class DiskWeights(OffloadedWeightsLoader):
+    """Weights by name, read from files when they are asked for."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            tensor: Tensor = super().__getitem__(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{key} cannot be read from the disk any more ({first_line(error)}); this model reads its weights "
+                "while it runs: put the files back, or load the model again"
+            ) from error
+        return tensor
+
+
+def fetch_from_disk(model: PreTrainedModel, part: str, weights: DiskWeights, runner: torch.device) -> None:
     """Has the weights of a part, which are on the meta device, fetched linear by linear while it runs on `runner`."""
     attach_align_device_hook(
         model.get_submodule(part),

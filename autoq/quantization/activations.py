@@ -99,18 +99,20 @@ class Activations:
         folder: Path | None = None,
         resume_at: int = 0,
         batch_tokens: int | None = None,
+        writes: bool = True,
     ) -> None:
         """Runs the model as far as its first block.
 
         folder: where hidden states are kept; None: in memory. resume_at: the block at which a stopped run goes on.
         batch_tokens: how many go through a block together; None: the plan's.
+        writes: False if it is another process that sends them through the blocks and writes the folder.
         """
         self.batches = list(_batches(samples, batch_tokens or plan.batch_tokens))
         self.states = HiddenStates(folder)
         self.states.resume(resume_at)
         self._kinds = _block_kinds(model, len(plan.architecture.decoder_blocks(model)))
         self._keywords: list[dict[str, dict[str, Any]]] = []
-        begins = self.states.stage == 0
+        begins = writes and self.states.stage == 0
         for number, batch in enumerate(self.batches):
             hidden = self._record(model, plan, batch)
             if begins:

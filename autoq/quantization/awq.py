@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 FakeQuantize = Callable[[Tensor], Tensor]
+# The errors `[rows, groups, 1]` of groups `[rows, groups, size]`, each cut to a range from `low` to `high`
+# (`[rows, groups, 1]`) and rounded, on inputs with the Gram matrices `[groups, size, size]`.
+GroupErrors = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The paper's grids: 20 ratios between weight and activation magnitude, 10 ranges down to half the largest weight.
 SCALE_GRID = tuple(i / 20 for i in range(20))
@@ -187,12 +190,12 @@ def _divide_norm(norm: nn.Module, scale: Tensor) -> Tensor:
 
 
 def search_clip(
-    weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, group_size: int, grid: Sequence[float] = CLIP_GRID
+    weight: Tensor, gram: Tensor, group_errors: GroupErrors, group_size: int, grid: Sequence[float] = CLIP_GRID
 ) -> Tensor:
     """The range `[-m, m]` each group is best clipped to before rounding, by the error of the group's own output.
 
     weight: fp32 or fp64 `[out, in]`; gram: `[in, in]` of the inputs of this very weight (after scaling).
-    fake_quantize: rounds a weight `[rows, group]` whose rows are one group each.
+    group_errors: what each group's output errs by once it is cut to a range and rounded.
     grid: the shares of the largest weight to try, descending from 1.
     Returns `m` as `[out, groups, 1]`.
     """
@@ -200,34 +203,23 @@ def search_clip(
     count = weight.shape[1] // size
     blocks = diagonal_blocks(gram, count)
     parts = row_chunks(weight, weight.shape[1], small=True)
-    return torch.cat([_search_clip_rows(rows.reshape(-1, count, size), blocks, fake_quantize, grid) for rows in parts])
+    return torch.cat([_search_clip_rows(rows.reshape(-1, count, size), blocks, group_errors, grid) for rows in parts])
 
 
 def diagonal_blocks(gram: Tensor, count: int) -> Tensor:
     """The Gram matrices of each of `count` groups of channels, `[groups, size, size]`."""
     size = gram.shape[0] // count
-    return gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def group_errors(groups: Tensor, clipped: Tensor, gram: Tensor, fake_quantize: FakeQuantize) -> Tensor:
-    """The error of each group's own output, `[rows, groups, 1]`, if what is rounded is the clipped weight.
-
-    groups, clipped: `[rows, groups, size]`; gram: `[groups, size, size]`.
-    """
-    difference = fake_quantize(clipped.reshape(-1, groups.shape[2])).reshape(groups.shape) - groups
-    product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
-    return torch.linalg.vecdot(product, difference).unsqueeze(2)
-
-
-def _search_clip_rows(groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize, grid: Sequence[float]) -> Tensor:
+def _search_clip_rows(groups: Tensor, gram: Tensor, group_errors: GroupErrors, grid: Sequence[float]) -> Tensor:
     """groups: `[rows, groups, size]`; gram: `[groups, size, size]`."""
     largest = groups.abs().amax(dim=2, keepdim=True)
     best_range = largest.clone()
     best_error = torch.full_like(largest, torch.inf)
     for share in grid:
         limit = largest * share
-        clipped = groups.clamp(-limit, limit)
-        error = group_errors(groups, clipped, gram, fake_quantize)
+        error = group_errors(groups, -limit, limit, gram)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_range = torch.where(better, limit, best_range)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq.quantization.weight import QuantizedWeight, nearest_codes
+from autoq.quantization.search_ops import compensate_channels
+from autoq.quantization.weight import QuantizedWeight
 
 # Share of the mean diagonal added to the Gram matrix: it bounds how far weights move on directions seldom seen.
 DAMPING = 0.01
@@ -49,29 +50,15 @@ class Compensator:
         grid: its scales and zero points; the codes it holds are replaced.
         """
         group_of = self._order // grid.group_size
-        scales = grid.scales.float().T[group_of]
-        zeros = grid.explicit_zeros().float().T[group_of]
+        scales, zeros = (part.T.float().contiguous() for part in (grid.scales, grid.explicit_zeros()))
         # One row for each input channel, so that every step works on contiguous memory.
-        values = weight.T[self._order]
+        values = weight.T.contiguous()[self._order]
         codes = torch.empty_like(values)
         for start in range(0, len(values), BLOCK):
             block = slice(start, min(start + BLOCK, len(values)))
-            errors = self._round_block(values[block], scales[block], zeros[block], codes[block], block, grid.bits)
-            values[block.stop :].addmm_(self._update[block, block.stop :].T, errors, alpha=-1)
+            scale, zero, update = scales[group_of[block]], zeros[group_of[block]], self._update[block, block]
+            compensate_channels(values[block], codes[block], scale, zero, update, grid.bits)  # leaves the errors
+            values[block.stop :].addmm_(self._update[block, block.stop :].T, values[block], alpha=-1)
         natural = torch.empty_like(codes)
         natural[self._order] = codes
         return grid._replace(codes=natural.T.to(torch.uint8).contiguous())
-
-    def _round_block(
-        self, values: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, block: slice, bits: int
-    ) -> Tensor:
-        """Rounds a block of channels into `codes`; returns their errors `[channels, out]`, each over its diagonal."""
-        update = self._update[block, block]
-        errors = torch.empty_like(values)
-        for channel in range(len(values)):
-            code = nearest_codes(values[channel], scales[channel], zeros[channel], bits)
-            codes[channel] = code
-            rounded = (code - zeros[channel]) * scales[channel]
-            errors[channel] = (values[channel] - rounded) / update[channel, channel]
-            values[channel + 1 :].addr_(update[channel, channel + 1 :], errors[channel], alpha=-1)
-        return errors

@@ -18,6 +18,7 @@ from autoq.quantization.plan import Plan, embeddings_of
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.report import LinearReport, size_note
 from autoq.quantization.search import check_finite, cut
+from autoq.quantization.search_ops import group_errors
 from autoq.quantization.weight import QuantizedWeight, dequantize, fake_quantize, quantize
 
 
@@ -68,8 +69,8 @@ def round_rows(rows: Tensor, spec: LinearSpec, config: QuantConfig) -> Quantized
     groups = rows.reshape(-1, spec.group_size)
     # As if every channel were alike and independent: then a group's error is what it loses itself.
     gram = torch.eye(spec.group_size, device=rows.device)
-    rounding = partial(fake_quantize, bits=spec.bits, group_size=-1, zero_point=spec.zero_point)
-    clipped = cut(groups, gram, rounding, -1, config) if config.apply_clip else groups
+    errors = partial(group_errors, bits=spec.bits, zero_point=spec.zero_point)
+    clipped = cut(groups, gram, errors, -1, config) if config.apply_clip else groups
     found = quantize(clipped, spec.bits, -1, spec.zero_point)
     if config.compensate and config.effort != "fast":
         found = refinement.refine(groups, gram, found)

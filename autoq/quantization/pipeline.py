@@ -16,7 +16,6 @@ from threading import Lock
 from typing import Any
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
 from autoq.nn import QuantEmbedding, QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import bring, fetch_from_disk, is_offloaded, remove_hooks
+from autoq.nn.spread import DiskWeights, bring, fetch_from_disk, is_offloaded, remove_hooks
 from autoq.quantization.activations import check_statistics, device_of, observe
 from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
@@ -122,6 +121,11 @@ class Quantizer:
         self.blocks = plan.architecture.decoder_blocks(model)
         if is_offloaded(self.blocks) and self.ranks.size > 1 and run.work_dir is None:
             raise ConfigError("several processes quantize a model on the disk; give them one work_dir for the result")
+        if plan.tunes and self.ranks.size > 1 and run.work_dir is None:
+            raise ConfigError(
+                "several processes tune each block on the samples of all (effort='best'); give them one work_dir, "
+                "where each finds the others'"
+            )
         held_out: Sequence[Tensor] = () if run.held_out is None else run.held_out.samples
         identity = {
             "model": fingerprint_of_model(model) if run.work_dir or run.statistics else "",
@@ -164,11 +168,17 @@ class Quantizer:
                 self.embeddings, self.embeddings_line = quantize_embeddings(
                     model, plan, self.ranks, device, self.source.tokens
                 )
-        folder = None
+        folder, peers = None, []
         if self.workspace is not None and keeps:
             folder = self.workspace.activations_path(self.ranks.rank, self.ranks.size)
+            size = self.ranks.size
+            peers = [
+                (self.ranks.share(calibration.samples, rank=rank), self.workspace.activations_path(rank, size))
+                for rank in range(size)
+                if plan.tunes and rank != self.ranks.rank
+            ]
         probe = calibration.samples[0][:_PROBE_TOKENS]
-        self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done, self.embeddings)
+        self.streams = Streams(model, plan, calibrating, probe, held_out, folder, self.done, self.embeddings, peers)
 
     def _work_dir(self) -> Path:
         """The directory of the run; one that goes with the model if the user gave none."""
@@ -326,6 +336,8 @@ class Quantizer:
             self.streams.through_full(index, block, home)
         if done:
             return _Search(index, block, home, device, offloaded, 0, None)
+        if self.plan.tunes:
+            self.ranks.wait()  # for the others' samples, which this block is tuned on
 
         def work() -> BlockResult:
             with self._timed("searching"), torch.no_grad():  # which every thread decides for itself
@@ -382,7 +394,7 @@ class Quantizer:
         with self._timed("passing on"):
             self.streams.through_quantized(index, block, search.home)
         if search.offloaded and self.workspace is not None:
-            loader = OffloadedWeightsLoader(index=self.workspace.offload_index(index, prefix, tensors))
+            loader = DiskWeights(index=self.workspace.offload_index(index, prefix, tensors))
             fetch_from_disk(self.model, prefix, loader, search.home)
         elif device_of(block) != search.home:
             block.to(search.home)

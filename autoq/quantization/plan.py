@@ -16,7 +16,7 @@ from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import ConfigError, QuantizationError
 from autoq.formats import LinearSpec, get_format
 from autoq.nn.spread import is_offloaded
-from autoq.quantization import awq
+from autoq.quantization import awq, search_ops
 from autoq.quantization.report import QuantizationReport
 from autoq.quantization.weight import fake_quantize
 
@@ -128,11 +128,14 @@ class Plan:
         """The group size the config asks for, for a linear."""
         return self.config.lm_head_group_size if name == LM_HEAD else self.config.group_size
 
-    def fake_quantize(self, name: str, group_size: int | None = None) -> awq.FakeQuantize:
-        """The rounding of a linear, at its own group size or another."""
-        size = self.group_sizes[name] if group_size is None else group_size
-        bits = self.config.bits_for(name)
+    def fake_quantize(self, name: str) -> awq.FakeQuantize:
+        """The rounding of a linear."""
+        bits, size = self.config.bits_for(name), self.group_sizes[name]
         return partial(fake_quantize, bits=bits, group_size=size, zero_point=self.config.zero_point)
+
+    def group_errors(self, name: str) -> awq.GroupErrors:
+        """What cutting and rounding the groups of a linear errs by."""
+        return partial(search_ops.group_errors, bits=self.config.bits_for(name), zero_point=self.config.zero_point)
 
     def settled_config(self) -> QuantConfig:
         """The config with what the plan settled: linears left alone, other group sizes."""

@@ -36,14 +36,19 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, samples: Sequence[Tensor], what: str = "calibration") -> Sequence[Tensor]:
-        """This process's part of the samples."""
+    def share(self, samples: Sequence[Tensor], what: str = "calibration", rank: int | None = None) -> Sequence[Tensor]:
+        """A process's part of the samples, this one's by default."""
         if len(samples) < self.size:
             raise CalibrationError(
                 f"{self.size} processes share the {what} samples, but there are {len(samples)}; give at least one for "
                 "each, or start fewer processes"
             )
-        return samples[self.rank :: self.size]
+        return samples[self.rank if rank is None else rank :: self.size]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
 
     def gather(self, statistics: Mapping[str, InputStatistics], owner: int) -> None:
         """Adds up the statistics of all processes at the one that owns them; the others' are spent."""

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoq.quantization.awq import FakeQuantize, diagonal_blocks, group_errors, row_chunks
+from autoq.quantization.awq import GroupErrors, diagonal_blocks, row_chunks
 from autoq.quantization.compensation import BLOCK, DAMPING
-from autoq.quantization.weight import QuantizedWeight, dequantize, nearest_codes
+from autoq.quantization.search_ops import descend_channels
+from autoq.quantization.weight import QuantizedWeight, dequantize
 
 # Where an end of the range is tried, as shares of where it is.
 RANGE_GRID = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
@@ -40,31 +41,31 @@ class Ranges(NamedTuple):
 
 
 def search_range(
-    weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, limits: Tensor, grid: Sequence[float] = RANGE_GRID
+    weight: Tensor, gram: Tensor, group_errors: GroupErrors, limits: Tensor, grid: Sequence[float] = RANGE_GRID
 ) -> Ranges:
     """The range of each group with the smallest error of the group's own output, from where AWQ's clip left it.
 
     First both ends of the range shrink alike, then each end is moved on its own, twice.
 
     weight: fp32 or fp64 `[out, in]`; gram: `[in, in]` of its inputs.
-    fake_quantize: rounds a weight `[rows, group]` whose rows are one group each, with a zero point.
+    group_errors: as of `awq.search_clip`, of a rounding with a zero point.
     limits: `m` of `awq.search_clip`, `[out, groups, 1]`.
     grid: shares of an end's place to try.
     """
     groups = weight.reshape(*limits.shape[:2], -1)
     blocks = diagonal_blocks(gram, groups.shape[1])
     chunks = (row_chunks(whole, weight.shape[1], small=True) for whole in (groups, limits))
-    found = [_search_rows(part, blocks, fake_quantize, limit, grid) for part, limit in zip(*chunks, strict=True)]
+    found = [_search_rows(part, blocks, group_errors, limit, grid) for part, limit in zip(*chunks, strict=True)]
     return Ranges(torch.cat([part.low for part in found]), torch.cat([part.high for part in found]))
 
 
 def _search_rows(
-    groups: Tensor, gram: Tensor, fake_quantize: FakeQuantize, limits: Tensor, grid: Sequence[float]
+    groups: Tensor, gram: Tensor, group_errors: GroupErrors, limits: Tensor, grid: Sequence[float]
 ) -> Ranges:
     """groups: `[rows, groups, size]`; gram: `[groups, size, size]`."""
 
     def error(tried: Ranges) -> Tensor:
-        return group_errors(groups, groups.clamp(tried.low, tried.high), gram, fake_quantize)
+        return group_errors(groups, tried.low, tried.high, gram)
 
     # A range beyond the weights rounds as the one that ends with them.
     whole = Ranges(groups.amin(dim=2, keepdim=True).clamp(max=0), groups.amax(dim=2, keepdim=True).clamp(min=0))
@@ -113,22 +114,16 @@ def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> tuple[Q
     """
     group_of = torch.arange(weight.shape[1], device=weight.device) // quantized.group_size
     # One row for each input channel, so that every step works on contiguous memory.
-    scales = quantized.scales.float().T[group_of]
-    zeros = quantized.explicit_zeros().float().T[group_of]
-    codes = quantized.codes.T.float().contiguous()
-    gradient = gram @ ((codes - zeros) * scales - weight.T)
+    scales = quantized.scales.T.to(weight.dtype).contiguous()
+    zeros = quantized.explicit_zeros().T.to(weight.dtype).contiguous()
+    codes = quantized.codes.T.to(weight.dtype).contiguous()
+    gradient = gram @ (dequantize(quantized, weight.dtype) - weight).T
     for start in range(0, len(codes), BLOCK):
         block = slice(start, min(start + BLOCK, len(codes)))
-        before = codes[block].clone()
-        near = gram[block, block]
-        inside = gradient[block].clone()
-        for index, channel in enumerate(range(block.start, block.stop)):
-            scale, zero = scales[channel], zeros[channel]
-            wanted = (codes[channel] - zero) * scale - inside[index] / near[index, index]
-            code = nearest_codes(wanted, scale, zero, quantized.bits)
-            inside.addr_(near[index], (code - codes[channel]) * scale)
-            codes[channel] = code
-        gradient.addmm_(gram[:, block], (codes[block] - before) * scales[block])
+        before, scale = codes[block].clone(), scales[group_of[block]]
+        inside, zero = gradient[block].clone(), zeros[group_of[block]]
+        descend_channels(inside, codes[block], scale, zero, gram[block, block], quantized.bits)
+        gradient.addmm_(gram[:, block], (codes[block] - before) * scale)
     return quantized._replace(codes=codes.T.to(torch.uint8).contiguous()), gradient.T
 
 

@@ -344,27 +344,25 @@ def _clip(
         return weight
     size = plan.group_sizes[name]
     if known is None:
-        ranges = awq.search_clip(weight, inputs.gram, plan.fake_quantize(name, -1), size)
+        ranges = awq.search_clip(weight, inputs.gram, plan.group_errors(name), size)
     elif name in known.clips:
         ranges = known.clips[name].to(weight)
     else:
         return weight
     found.clips[name] = ranges
-    return _within(weight, inputs.gram, plan.fake_quantize(name, -1), ranges, plan.config)
+    return _within(weight, inputs.gram, plan.group_errors(name), ranges, plan.config)
 
 
-def cut(weight: Tensor, gram: Tensor, fake_quantize: awq.FakeQuantize, group_size: int, config: QuantConfig) -> Tensor:
+def cut(weight: Tensor, gram: Tensor, group_errors: awq.GroupErrors, group_size: int, config: QuantConfig) -> Tensor:
     """The weight `[out, in]` within the ranges its groups are best cut to.
 
-    gram, fake_quantize: as for `awq.search_clip`.
+    gram, group_errors: as for `awq.search_clip`.
     """
-    return _within(weight, gram, fake_quantize, awq.search_clip(weight, gram, fake_quantize, group_size), config)
+    return _within(weight, gram, group_errors, awq.search_clip(weight, gram, group_errors, group_size), config)
 
 
-def _within(
-    weight: Tensor, gram: Tensor, fake_quantize: awq.FakeQuantize, ranges: Tensor, config: QuantConfig
-) -> Tensor:
+def _within(weight: Tensor, gram: Tensor, group_errors: awq.GroupErrors, ranges: Tensor, config: QuantConfig) -> Tensor:
     """The weight within the ranges of AWQ, or what more effort makes of them."""
     if config.effort != "fast" and config.zero_point:
-        return refinement.search_range(weight, gram, fake_quantize, ranges).clamp(weight)
+        return refinement.search_range(weight, gram, group_errors, ranges).clamp(weight)
     return awq.clip(weight, ranges)

@@ -38,9 +38,11 @@ class Streams:
         folder: Path | None,
         resume_at: int,
         embeddings: QuantEmbedding | None = None,
+        peers: Sequence[tuple[Sequence[Tensor], Path]] = (),
     ) -> None:
         """folder: where hidden states are kept; None: in memory. resume_at: the first block that is not done.
-        embeddings: those that quantized blocks get, if they are quantized too."""
+        embeddings: those that quantized blocks get, if they are quantized too. peers: the calibration samples and the
+        folder of every other process, on whose samples blocks are tuned too."""
 
         def start(samples: Sequence[Tensor], name: str, batch_tokens: int | None = None) -> Activations:
             kept = None if folder is None else folder / name
@@ -52,6 +54,13 @@ class Streams:
         with replaced(model, name_of_embeddings(model), embeddings):
             self.calibration_quantized = start(calibration if plan.tunes else (), "calibration-quantized")
             self.held_out_quantized = start(held_out, "held-out-quantized", HELD_OUT_BATCH_TOKENS)
+            self._peers = [
+                (
+                    Activations(model, plan, samples, place / "calibration-quantized", writes=False),
+                    Activations(model, plan, samples, place / "calibration", writes=False),
+                )
+                for samples, place in peers
+            ]
         self._full = (self.calibration, self.probe, self.held_out)
         self._quantized = (self.calibration_quantized, self.held_out_quantized)
 
@@ -83,20 +92,28 @@ class Streams:
         return Probe(self.probe.states.read(0).to(device), self.probe.keywords(0, device))
 
     def tuning_batches(self) -> Sequence[tuning.Batch]:
-        """What a block is tuned on, once the full-precision samples went through it."""
-        return _TuningBatches(self.calibration_quantized, self.calibration)
+        """What a block is tuned on, once the full-precision samples of all processes went through it."""
+        own = self.calibration_quantized, self.calibration
+        for theirs in self._peers:
+            for stream, ours in zip(theirs, own, strict=True):
+                stream.states.stage = ours.states.stage
+        return _TuningBatches([own, *self._peers])
 
 
 class _TuningBatches(Sequence[tuning.Batch]):
     """A block gets what the quantized blocks before it give, and should give what the full-precision blocks, this one
     among them, gave. Read when they are used."""
 
-    def __init__(self, quantized: Activations, full: Activations) -> None:
-        self._quantized, self._full = quantized, full
+    def __init__(self, streams: Sequence[tuple[Activations, Activations]]) -> None:
+        """streams: through the quantized blocks and through the full-precision ones, of each process."""
+        self._places = [
+            (quantized, full, number) for quantized, full in streams for number in range(len(quantized.batches))
+        ]
 
     def __len__(self) -> int:
-        return len(self._quantized.batches)
+        return len(self._places)
 
     def __getitem__(self, number: Any) -> Any:
-        inputs = self._quantized.states.read(number)
-        return tuning.Batch(inputs, self._full.states.read(number), self._quantized.keywords(number, inputs.device))
+        quantized, full, place = self._places[number]
+        inputs = quantized.states.read(place)
+        return tuning.Batch(inputs, full.states.read(place), quantized.keywords(place, inputs.device))

@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "dispatch.h"
+#include "targets.h"
 
 #if defined(__x86_64__)
 #include "intrinsics.h"
@@ -15,16 +16,6 @@
 
 // Functions that take vectors are inlined, so how a call would pass them does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
-
-#if defined(__clang__)
-#define AUTOQ_BEGIN_TARGET(features) \
-    _Pragma(AUTOQ_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
-#define AUTOQ_END_TARGET _Pragma("clang attribute pop")
-#else
-#define AUTOQ_BEGIN_TARGET(features) _Pragma("GCC push_options") _Pragma(AUTOQ_STRING(GCC target(features)))
-#define AUTOQ_END_TARGET _Pragma("GCC pop_options")
-#endif
-#define AUTOQ_STRING(...) #__VA_ARGS__
 
 namespace autoq::cpu {
 namespace {
@@ -48,7 +39,7 @@ namespace portable {
 }  // namespace portable
 
 #if defined(__x86_64__)
-AUTOQ_BEGIN_TARGET("avx2,fma,f16c")
+AUTOQ_BEGIN_TARGET(AUTOQ_AVX2_FEATURES)
 namespace avx2 {
 #define AUTOQ_LEVEL 256
 #include "block_kernels.h"
@@ -56,7 +47,7 @@ namespace avx2 {
 }  // namespace avx2
 AUTOQ_END_TARGET
 
-AUTOQ_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+AUTOQ_BEGIN_TARGET(AUTOQ_AVX512_FEATURES)
 namespace avx512 {
 #define AUTOQ_LEVEL 512
 #include "block_kernels.h"

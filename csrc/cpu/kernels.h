@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "fixed_point.h"
+#include "search.h"
 #include "tiles.h"
 
 // Whether the compiler lets single functions use the dot products of bytes; clang does since 16.
@@ -42,6 +43,7 @@ struct Kernels {
     void (*dequantize)(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end);
     // The steps of a decoder block between its linears.
     const BlockKernels* block;
+    const SearchKernels* search;
 };
 
 extern const Kernels portable_kernels;

@@ -34,6 +34,7 @@ int main(int count, char** arguments) {
     if (count < 2 || std::strcmp(arguments[1], "list") != 0) {
         test_linear();
         test_block();
+        test_search();
     }
     std::printf("%d checks, %d failed\n", tally().checks, tally().failures);
     return tally().failures == 0 ? 0 : 1;

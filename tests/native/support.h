@@ -110,5 +110,6 @@ inline void check_close(const Array& actual, const std::vector<double>& expected
 
 void test_linear();
 void test_block();
+void test_search();
 
 }  // namespace test

@@ -1,0 +1,125 @@
+"""The operators the search and the rounding spend their time in, their reference in plain torch.
+
+As with those of autoq/ops.py, the native extension replaces the references on the CPU (csrc/search.cpp). All work in
+fp32 there; anything else is left to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoq import ops  # loads the extension
+from autoq.quantization.weight import fake_quantize, nearest_codes
+
+# Beyond this the Gram matrix of a group does not stay in a cache beside its weights, and torch multiplies faster.
+_LARGEST_NATIVE_GROUP = 256
+
+_library = torch.library.Library("autoq", "FRAGMENT")
+_library.define(
+    "group_errors(Tensor weights, Tensor low, Tensor high, Tensor gram, int bits, bool zero_point) -> Tensor"
+)
+_library.define(
+    "compensate_channels(Tensor(a!) values, Tensor(b!) codes, Tensor scales, Tensor zeros, Tensor factors, int bits) "
+    "-> ()"
+)
+_library.define(
+    "descend_channels(Tensor(a!) gradient, Tensor(b!) codes, Tensor scales, Tensor zeros, Tensor gram, int bits) -> ()"
+)
+
+
+def _reference_group_errors(
+    weights: Tensor, low: Tensor, high: Tensor, gram: Tensor, bits: int, zero_point: bool
+) -> Tensor:
+    cut = weights.clamp(low.unsqueeze(2), high.unsqueeze(2)).flatten(0, 1)
+    difference = fake_quantize(cut, bits, -1, zero_point).reshape(weights.shape) - weights
+    product = torch.bmm(difference.transpose(0, 1), gram).transpose(0, 1)
+    return torch.linalg.vecdot(product, difference)
+
+
+def _fake_group_errors(weights: Tensor, low: Tensor, high: Tensor, gram: Tensor, bits: int, zero_point: bool) -> Tensor:
+    return torch.empty_like(low)
+
+
+def _reference_compensate(
+    values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
+) -> None:
+    for channel, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        code = nearest_codes(values[channel], scale, zero, bits)
+        values[channel] = (values[channel] - (code - zero) * scale) / factors[channel, channel]
+        values[channel + 1 :].addr_(factors[channel, channel + 1 :], values[channel], alpha=-1)
+        codes[channel] = code
+
+
+def _reference_descend(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
+    for channel, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        wanted = (codes[channel] - zero) * scale - gradient[channel] / gram[channel, channel]
+        code = nearest_codes(wanted, scale, zero, bits)
+        gradient[channel + 1 :].addr_(gram[channel, channel + 1 :], (code - codes[channel]) * scale)
+        codes[channel] = code
+
+
+def _fake_channels(values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int) -> None:
+    """Of both operators that work in place."""
+
+
+for _name, _reference, _fake in (
+    ("group_errors", _reference_group_errors, _fake_group_errors),
+    ("compensate_channels", _reference_compensate, _fake_channels),
+    ("descend_channels", _reference_descend, _fake_channels),
+):
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"autoq::{_name}", _fake, lib=_library)
+
+
+def group_errors(weights: Tensor, low: Tensor, high: Tensor, gram: Tensor, bits: int, zero_point: bool) -> Tensor:
+    """The error `d^T H d` of each group's own output, if the group is cut to a range and rounded: what the search for
+    ranges asks for again and again.
+
+    weights: fp32 or fp64 `[rows, groups, size]`.
+    low, high: between which a group is cut, `[rows, groups, 1]`; low at most high.
+    gram: the Gram matrices `H` of the groups' inputs, `[groups, size, size]`.
+    bits, zero_point: of the rounding, as of `quantize` (autoq/quantization/weight.py).
+
+    Returns `[rows, groups, 1]` in the dtype of the weights.
+    """
+    arguments = weights, low.squeeze(2), high.squeeze(2), gram, bits, zero_point
+    size = weights.shape[2]
+    if weights.dtype == torch.float32 and size % ops.LANES == 0 and size <= _LARGEST_NATIVE_GROUP:
+        errors: Tensor = torch.ops.autoq.group_errors.default(*arguments)
+    else:
+        errors = _reference_group_errors(*arguments)
+    return errors.unsqueeze(2)
+
+
+def compensate_channels(
+    values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
+) -> None:
+    """Rounds channels one after the other, each error made up for by the channels behind it (GPTQ's inner loop).
+
+    values: fp32 or fp64 `[channels, out]`, contiguous, what the channels should be; become their errors, each over its
+        channel's diagonal factor.
+    codes: its shape and dtype; receives the codes.
+    scales, zeros: of each value, its shape and dtype.
+    factors: `[channels, channels]`; how the channels behind make up for an error that is divided by the diagonal.
+    """
+    arguments = values, codes, scales, zeros, factors, bits
+    if values.dtype != torch.float32:
+        _reference_compensate(*arguments)
+    else:
+        torch.ops.autoq.compensate_channels.default(*arguments)
+
+
+def descend_channels(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
+    """Sets the codes of channels one after the other, each to the best of its values while the others stay.
+
+    gradient: fp32 or fp64 `[channels, out]`, contiguous, half of the error's gradient, `H D`; written over.
+    codes: its shape and dtype; changed.
+    scales, zeros: of each code, its shape and dtype.
+    gram: `H` of these channels, `[channels, channels]`, its diagonal positive.
+    """
+    arguments = gradient, codes, scales, zeros, gram, bits
+    if gradient.dtype != torch.float32:
+        _reference_descend(*arguments)
+    else:
+        torch.ops.autoq.descend_channels.default(*arguments)

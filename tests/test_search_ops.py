@@ -1,0 +1,149 @@
+"""The operators of the search and the rounding, on every set of kernels, against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operators import needs_extension
+from torch import Tensor
+
+from autoq.quantization import search_ops
+from autoq.quantization.weight import fake_quantize
+
+# ---- group_errors ----------------------------------------------------------------------------------------------------
+
+
+def groups_and_ranges(rows: int, groups: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = torch.randn(rows, groups, size)
+    inputs = torch.randn(groups, 4 * size, size)
+    low = weights.amin(dim=2, keepdim=True) * torch.rand(rows, groups, 1)
+    high = weights.amax(dim=2, keepdim=True) * torch.rand(rows, groups, 1)
+    return weights, low.clamp(max=0), high.clamp(min=0), inputs.mT @ inputs
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128, 208, 256])
+@pytest.mark.parametrize(("bits", "zero_point"), [(2, True), (3, True), (4, True), (8, True), (4, False), (2, False)])
+def test_group_errors_are_those_in_float64(size: int, bits: int, zero_point: bool, capability: str) -> None:
+    for rows, groups in ((1, 1), (7, 3), (100, 2)):
+        weights, low, high, gram = groups_and_ranges(rows, groups, size)
+        if not zero_point:
+            low, high = -high, high
+        found = search_ops.group_errors(weights, low, high, gram, bits, zero_point)
+        # The weights are rounded in fp32 either way: in fp64 some would fall to another code.
+        rounded = fake_quantize(weights.clamp(low, high).flatten(0, 1), bits, -1, zero_point).reshape(weights.shape)
+        difference = rounded.double() - weights.double()
+        exact = torch.einsum("rgi,gij,rgj->rg", difference, gram.double(), difference).unsqueeze(2)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_group_errors_of_other_sizes_and_dtypes_are_torchs() -> None:
+    for size, dtype in ((24, torch.float32), (272, torch.float32), (32, torch.float64)):
+        weights, low, high, gram = (tensor.to(dtype) for tensor in groups_and_ranges(3, 2, size))
+        found = search_ops.group_errors(weights, low, high, gram, 4, True)
+        assert found.shape == (3, 2, 1)
+        assert found.dtype == dtype
+        reference = search_ops._reference_group_errors(weights, low.squeeze(2), high.squeeze(2), gram, 4, True)
+        assert torch.equal(found.squeeze(2), reference)
+
+
+def test_ranges_of_zeros_and_of_tiny_values() -> None:
+    weights, _, _, gram = groups_and_ranges(2, 2, 32)
+    weights[0, 0], weights[1, 1] = 0.0, weights[1, 1] * 1e-8
+    ends = torch.zeros(2, 2, 1)
+    arguments = weights, ends, ends, gram, 4, True
+    expected = torch.einsum("rgi,gij,rgj->rg", weights, gram, weights).unsqueeze(2)  # all is cut to zero
+    torch.testing.assert_close(search_ops.group_errors(*arguments), expected, rtol=1e-5, atol=1e-12)
+
+
+@needs_extension
+def test_group_errors_check_their_arguments() -> None:
+    weights, low, high, gram = groups_and_ranges(2, 3, 32)
+    with pytest.raises(RuntimeError, match=r"gram must have the shape \[3, 32, 32\]"):
+        search_ops.group_errors(weights, low, high, gram[:2], 4, True)
+    with pytest.raises(RuntimeError, match=r"low and high must have the shape \[2, 3\]"):
+        search_ops.group_errors(weights, low[:1], high, gram, 4, True)
+    torch.library.opcheck(
+        torch.ops.autoq.group_errors.default, (weights, low.squeeze(2), high.squeeze(2), gram, 4, True)
+    )
+
+
+# ---- channels, one after the other -----------------------------------------------------------------------------------
+
+
+def channels(count: int, outputs: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values, codes, scales, zeros, and a Gram matrix that ties the channels to each other."""
+    values, scales = torch.randn(count, outputs), 0.1 + 0.2 * torch.rand(count, outputs)
+    codes, zeros = torch.randint(0, 2**bits, (2, count, outputs)).float()
+    inputs = torch.randn(4 * count, count) @ (torch.eye(count) + 0.3 * torch.randn(count, count))
+    return values, codes, scales, zeros, inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(count)
+
+
+SIZES = [(1, 1), (5, 16), (24, 33), (128, 100)]
+
+
+def assert_nearest(codes: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+    """All in float64: each code is that of the nearest value, but where rounding to fp32 tips a tie."""
+    wanted = (values / scales + zeros).clamp(0, 2**bits - 1)
+    assert torch.equal(codes, codes.round())
+    assert (codes - wanted).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("count", "outputs"), SIZES)
+def test_compensation_follows_its_definition(count: int, outputs: int, bits: int, capability: str) -> None:
+    values, _, scales, zeros, gram = channels(count, outputs, bits)
+    factors = torch.linalg.cholesky(gram, upper=True)
+    codes, found = torch.full_like(values, -1), values.clone()
+    search_ops.compensate_channels(found, codes, scales, zeros, factors, bits)
+    exact = values.double()
+    for channel in range(count):
+        code, scale, zero = (part[channel].double() for part in (codes, scales, zeros))
+        assert_nearest(code, exact[channel], scale, zero, bits)
+        exact[channel] = (exact[channel] - (code - zero) * scale) / factors[channel, channel].double()
+        exact[channel + 1 :] -= torch.outer(factors[channel, channel + 1 :].double(), exact[channel])
+    assert (found - exact).norm() < 1e-5 * values.norm()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("count", "outputs"), SIZES)
+def test_descent_follows_its_definition(count: int, outputs: int, bits: int, capability: str) -> None:
+    values, before, scales, zeros, gram = channels(count, outputs, bits)
+    exact = gram.double() @ ((before - zeros) * scales - values).double()
+    gradient, codes = exact.float(), before.clone()
+    search_ops.descend_channels(gradient, codes, scales, zeros, gram, bits)
+    for channel in range(count):
+        code, old, scale, zero = (part[channel].double() for part in (codes, before, scales, zeros))
+        wanted = (old - zero) * scale - exact[channel] / gram[channel, channel].double()
+        assert_nearest(code, wanted, scale, zero, bits)
+        exact[channel + 1 :] += torch.outer(gram[channel, channel + 1 :].double(), (code - old) * scale)
+
+
+def test_channels_in_float64_are_torchs() -> None:
+    values, codes, scales, zeros, gram = (part.double() for part in channels(20, 10, 3))
+    single = [part.float() for part in (values, codes, scales, zeros, gram)]
+    for operator in (search_ops.compensate_channels, search_ops.descend_channels):
+        for work in ((values, codes, scales, zeros, gram), single):
+            operator(*work, bits=3)
+        assert (codes != single[1]).float().mean() < 0.05
+        assert codes.dtype == torch.float64
+
+
+def test_values_far_from_the_grid_go_to_its_ends(capability: str) -> None:
+    values = torch.tensor([1e30, -1e30, 1e8, -1e8, 0.0]).repeat(1, 4)
+    codes, ones, zeros = torch.empty_like(values), torch.ones_like(values), torch.full_like(values, 3.0)
+    search_ops.compensate_channels(values, codes, ones, zeros, torch.ones(1, 1), 4)
+    assert codes[0, :5].tolist() == [15, 0, 15, 0, 3]
+
+
+@needs_extension
+def test_channels_check_their_arguments() -> None:
+    values, codes, scales, zeros, gram = channels(8, 32, 4)
+    for operator in (search_ops.compensate_channels, search_ops.descend_channels):
+        with pytest.raises(RuntimeError, match=r"factors must be float32 \[8, 8\]"):
+            operator(values, codes, scales, zeros, gram[:4], 4)
+        with pytest.raises(RuntimeError, match="contiguous float32 on the CPU, of one shape"):
+            operator(values, codes, scales[:, :16], zeros, gram, 4)
+        with pytest.raises(RuntimeError, match="bits is 9; it must be 2 to 8"):
+            operator(values, codes, scales, zeros, gram, 9)
+    for operator in (torch.ops.autoq.compensate_channels.default, torch.ops.autoq.descend_channels.default):
+        torch.library.opcheck(operator, (values, codes, scales, zeros, gram, 4))
