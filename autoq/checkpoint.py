@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,9 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Linux follows a hint only as far as its read-ahead window, which is this or more.
+_HINT = 2**17
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -47,11 +50,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_ahead(path: Path) -> None:
-    """Has the system read a file into memory while other work is done, where it can."""
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """While open, a file or directory is written; raises CheckpointError where that fails, as on a full disk.
+
+    kept: a sentence about what is not lost then.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} could not be written ({error}); make room or choose another place. {kept}"
+        ) from None
+
+
+def read_ahead(path: Path, start: int, end: int) -> None:
+    """Has the system read a part of a file into memory while other work is done, where it can."""
     if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError), path.open("rb") as file:
+            for offset in range(start, end, _HINT):
+                os.posix_fadvise(file.fileno(), offset, min(_HINT, end - offset), os.POSIX_FADV_WILLNEED)
 
 
 class CheckpointReader:
@@ -67,6 +85,7 @@ class CheckpointReader:
         self.specs: dict[str, TensorSpec] = {}
         self.paths: dict[str, Path] = {}
         self._files: dict[str, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # where the tensors begin, and what is told of them
         for file, names in self._listing().items():
             self._open(file, names)
 
@@ -119,7 +138,6 @@ class CheckpointReader:
         path = self.directory / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
-        _read_ahead(path)
         try:
             handle = safe_open(path, framework="pt")
             found = set(handle.keys())
@@ -145,6 +163,22 @@ class CheckpointReader:
             )
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    def range_of(self, name: str) -> tuple[int, int]:
+        """The first byte of a tensor in its file, and the one behind its last."""
+        path = self.paths[name]
+        if path not in self._headers:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + size, json.loads(file.read(size))
+        base, header = self._headers[path]
+        start, end = header[name]["data_offsets"]
+        return base + start, base + end
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Has the system read tensors into memory while other work is done, where it can."""
+        for name in names:
+            read_ahead(self.paths[name], *self.range_of(name))
 
     def check(self, name: str, wanted: TensorSpec) -> None:
         """Raises CheckpointError unless the tensor exists with this dtype and shape."""
@@ -187,13 +221,8 @@ class _ShardWriter:
         tensors = {
             name: tensor.clone() if tensor._base is not None else tensor for name, tensor in self._pending.items()
         }
-        try:
+        with writing(self._directory.parent, "What was there before is as it was"):
             save_file(tensors, self._shard(len(self._shards)), metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self._directory.parent} could not be written to ({error}); make room or choose another place. What "
-                "was there before is as it was"
-            ) from None
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

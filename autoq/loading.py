@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ _NOT_FOR_TRANSFORMERS = (
 # Tensors that older releases of transformers saved and newer ones compute.
 _COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.(bias|masked_bias))")
 _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
+
+
+# Linears that the system reads while others are packed.
+_READ_AHEAD = 16
 
 
 class _Stored(NamedTuple):
@@ -150,6 +155,7 @@ def leave_on_disk(directory: Path, config: PretrainedConfig, torch_dtype: torch.
                 "safetensors_file": str(reader.paths[stored].absolute()),
                 "weight_name": stored,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
+                "range": reader.range_of(stored),  # for `read_ahead` of autoq/nn/spread.py
             }
     model.tie_weights()
     weights = DiskWeights(index=index)
@@ -329,7 +335,12 @@ def _tensors(
     tied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
-    for spec, layout, name in dict.fromkeys(quantized.values()):
+    linears = dict.fromkeys(quantized.values())
+    upcoming = iter([f"{name}.{leaf}" for leaf in layout.tensors(spec)] for spec, layout, name in linears)
+    for names in islice(upcoming, _READ_AHEAD):
+        reader.read_ahead(names)
+    for spec, layout, name in linears:
+        reader.read_ahead(next(upcoming, ()))
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
@@ -337,9 +348,10 @@ def _tensors(
         for leaf, buffer in packed._asdict().items():
             for user in (user for user, stored in quantized.items() if stored.name == name):
                 yield f"{user}.{leaf}", buffer
-    for name, tensor in _plain_tensors(model, quantized):
-        if name not in tied:
-            yield name, reader.read(name).to(tensor.dtype)
+    plain = {name: tensor for name, tensor in _plain_tensors(model, quantized) if name not in tied}
+    reader.read_ahead(plain)
+    for name, tensor in plain.items():
+        yield name, reader.read(name).to(tensor.dtype)
 
 
 def _share_weights(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> None:

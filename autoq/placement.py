@@ -384,5 +384,5 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _written(device: torch.device) -> Device:
     if device.type == "cuda":
-        return device.index or 0
+        return torch.cuda.current_device() if device.index is None else device.index
     return "cpu" if device.type == "cpu" else str(device)

@@ -49,17 +49,35 @@ def test_output_error_uses_symmetry_rightly(channels: int) -> None:
 def test_search_scale_takes_the_best_candidate_by_direct_evaluation() -> None:
     inputs, weight = _data()
     candidates = awq.candidate_scales(inputs.abs().mean(0), awq.weight_magnitude(weight, 32), awq.SCALE_GRID)
-    found = awq.search_scale(weight, inputs.T @ inputs, round_to_3_bits, candidates)
+    found = awq.search_scale([(weight, round_to_3_bits)], inputs.T @ inputs, candidates)
     errors = [_direct_error(weight, inputs, scale) for scale in candidates]
     assert torch.equal(found, candidates[errors.index(min(errors))])
     assert min(errors) < 0.5 * errors[0], "the loud channels should gain"
+
+
+def test_search_scale_rounds_every_part_in_its_own_way() -> None:
+    inputs, weight = _data(rows=60)
+    weight[50:, :8] = 0  # these rows do not care for what is loud to the others
+    gram = inputs.T @ inputs
+    finely = partial(fake_quantize, bits=8, group_size=32)
+    candidates = awq.candidate_scales(inputs.abs().mean(0), awq.weight_magnitude(weight, 32), awq.SCALE_GRID)
+
+    def error(scale: Tensor) -> float:
+        parts = ((weight[:50], finely), (weight[50:], round_to_3_bits))
+        return sum(float(awq.output_error(rounds(part * scale) / scale - part, gram)) for part, rounds in parts)
+
+    found = awq.search_scale([(weight[:50], finely), (weight[50:], round_to_3_bits)], gram, candidates)
+    assert error(found) == min(map(error, candidates))
+    # As if all were rounded alike, it is another one.
+    for alike in (finely, round_to_3_bits):
+        assert not torch.equal(awq.search_scale([(weight, alike)], gram, candidates), found)
 
 
 def test_tall_weights_are_screened_and_lose_nothing_that_counts() -> None:
     inputs, weight = _data(rows=2000)
     gram = inputs.T @ inputs
     candidates = awq.candidate_scales(inputs.abs().mean(0), awq.weight_magnitude(weight, 32), awq.SCALE_GRID)
-    found = awq.search_scale(weight, gram, round_to_3_bits, candidates)
+    found = awq.search_scale([(weight, round_to_3_bits)], gram, candidates)
     errors = [_direct_error(weight, inputs, scale) for scale in candidates]
     assert _direct_error(weight, inputs, found) <= 1.01 * min(errors)
 
@@ -69,9 +87,9 @@ def test_search_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     gram = inputs.T @ inputs
     candidates = awq.candidate_scales(inputs.abs().mean(0), None, awq.SCALE_GRID)
     ranges = awq.search_clip(weight, gram, group_errors, 32)
-    found = awq.search_scale(weight, gram, round_to_3_bits, candidates)
+    found = awq.search_scale([(weight, round_to_3_bits)], gram, candidates)
     monkeypatch.setattr(awq, "_CHUNK", 5 * 64)
-    assert torch.equal(awq.search_scale(weight, gram, round_to_3_bits, candidates), found)
+    assert torch.equal(awq.search_scale([(weight, round_to_3_bits)], gram, candidates), found)
     assert torch.equal(awq.search_clip(weight, gram, group_errors, 32), ranges)
 
 

@@ -69,8 +69,27 @@ def test_statistics_need_room_where_they_are_kept(tmp_path: Path, monkeypatch: A
 
     full.mkdir()
     monkeypatch.setattr(budget.shutil, "disk_usage", look)
+    monkeypatch.setattr(budget, "_file_system", lambda path: int(path.is_relative_to(full)))
     with pytest.raises(ConfigError, match=r"full/statistics has 0\.0 MB left; give a statistics where there is more"):
         in_memory(variant("llama"), statistics=full / "statistics", work_dir=tmp_path / "work")
+
+
+def test_what_goes_to_one_disk_has_to_fit_together(tmp_path: Path, monkeypatch: Any) -> None:
+    model = variant("llama").model()
+    plan = Plan.of(model, QuantConfig(group_size=32))
+    load = budget.Load(10**6, statistics=tmp_path / "statistics")
+    found = budget.estimate(model, plan, load, False, True)
+    needs = found.statistics, found.disk - found.statistics
+    assert min(needs) > 10_000
+    settle = partial(budget.settle_memory, model, plan, load, max_memory=None, work_dir=tmp_path / "work")
+    for free, fits in ((sum(needs), True), (sum(needs) - 10_000, False)):
+        usage = shutil._ntuple_diskusage(10**9, 10**9, free)
+        monkeypatch.setattr(budget.shutil, "disk_usage", lambda _path, usage=usage: usage)
+        if fits:
+            settle()
+        else:
+            with pytest.raises(ConfigError, match="left; give a work_dir where there is more"):
+                settle()
 
 
 def test_without_a_limit_what_is_free_is_the_limit(monkeypatch: Any) -> None:
@@ -101,6 +120,10 @@ def test_what_an_estimate_counts() -> None:
     assert found({}, held_out_tokens=10**5, longest=10**5).memory > found({}, held_out_tokens=10**5).memory
     assert found({}, device=torch.device("meta")).memory < found({}).memory
     assert found({}, resident=10**9).memory == found({}).memory + 10**9
+    # Four processes have a quarter of the samples each, and the inputs of four blocks, beside what the last one gives.
+    alone, together = found({}, in_memory=False), found({}, in_memory=False, tokens=10**5 // 4, processes=4, width=4)
+    assert together.disk == alone.disk // 2 * 5
+    assert found({}, processes=4, width=4).memory > found({}).memory
 
 
 def test_hidden_states_on_the_disk_change_nothing(tmp_path: Path, monkeypatch: Any) -> None:

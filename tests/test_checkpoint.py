@@ -21,7 +21,7 @@ from families import VARIANTS, Variant, quantized, samples, variant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autoq import AutoQForCausalLM
+from autoq import AutoQForCausalLM, checkpoint
 from autoq.checkpoint import write_checkpoint
 from autoq.errors import AutoQError, CheckpointError
 from autoq.nn import QuantLinear
@@ -458,6 +458,16 @@ def test_killed_while_saving_nothing_half_written_loads(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+def test_a_checkpoint_is_read_ahead_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[bytes] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, _: parts.append(os.pread(file, length, start)))
+    monkeypatch.setattr(checkpoint, "_HINT", 1000)
+    AutoQForCausalLM.from_quantized(saved)
+    tensors = [tensor for path in saved.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert sorted(b"".join(parts)) == sorted(b"".join(tensor.numpy().tobytes() for tensor in tensors))
+
+
 def test_two_models_share_an_offload_folder(tmp_path: Path) -> None:
     names = ("llama", "llama-biases")
     for name in names:
@@ -480,6 +490,6 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     model = quantized(variant("llama"))
     monkeypatch.setattr("autoq.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match=r"could not be written to .*No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device.*make room"):
         model.save_quantized(tmp_path / "out")
     assert not (tmp_path / "out").exists()

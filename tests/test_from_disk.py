@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -15,14 +16,41 @@ from families import VARIANTS, Variant, samples, variant
 from runs import assert_same, in_memory, on_disk, quantize, saved
 from torch import nn
 
-from autoq import AutoQForCausalLM
+from autoq import AutoQForCausalLM, checkpoint
 from autoq.errors import CheckpointError
-from autoq.quantization import activations
+from autoq.nn import spread
+from autoq.quantization import activations, pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:too little calibration data"),
     pytest.mark.filterwarnings("ignore:the group size .* does not divide"),
 ]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+def test_the_next_block_is_read_while_this_one_is_worked_on(tmp_path: Path, monkeypatch: Any) -> None:
+    case = variant("opt-gelu")
+    case.model().save_pretrained(tmp_path / "model")
+    hints: list[tuple[int, bytes]] = []
+
+    def note(descriptor: int, start: int, length: int, _advice: int) -> None:
+        hints.append((len(brought), os.pread(descriptor, length, start)))
+
+    def counted(block: nn.Module, name: str) -> None:
+        brought.append(name)
+        spread.bring(block, name)
+
+    brought: list[str] = []
+    monkeypatch.setattr(pipeline, "bring", counted)
+    monkeypatch.setattr(checkpoint, "_HINT", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    on_disk(case, tmp_path / "model")
+    assert {count for count, _ in hints} == {1}
+    # All of the second block was asked for, and nothing else.
+    second = case.model().model.decoder.layers[1].state_dict()
+    assert sorted(b"".join(part for _, part in hints)) == sorted(
+        b"".join(tensor.numpy().tobytes() for tensor in second.values())
+    )
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from autoq import placement
 from autoq.architectures import architecture_of
 from autoq.errors import ConfigError
-from autoq.placement import Device, Part, Placement, memory_budgets, parts_of, place, plan
+from autoq.placement import Device, Part, Placement, device_named, memory_budgets, parts_of, place, plan
 
 GPUS = ("balanced", "balanced_low_0", "sequential", "auto")
 
@@ -257,6 +257,7 @@ def test_families_without_a_description_have_parts_too() -> None:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes two GPUs known by name, which is all that placing takes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     free = {0: 10**9, 1: 10**9, "cpu": 10**9}
     monkeypatch.setattr(placement, "get_max_memory", lambda: dict(free))
 
@@ -293,6 +294,14 @@ def test_what_spills_is_said() -> None:
         place(model, "auto", {0: size // 2, 1: size // 4, "cpu": size})
     with pytest.warns(UserWarning, match=r"MB run on the CPU and .* are read from the disk"):
         place(model, "auto", {0: 70_000, "cpu": 290_000})
+
+
+@pytest.mark.usefixtures("gpus")
+def test_cuda_without_a_number_is_the_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_named("cuda") == 1
+    assert device_named("cuda:0") == 0
+    assert device_named(0) == 0
 
 
 @pytest.mark.usefixtures("gpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from families import samples, variant
+from families import Variant, samples, variant
 from runs import SETTINGS, assert_same, on_disk, present, saved, script
 from safetensors.torch import load_file
 
 from autoq import QuantConfig
-from autoq.errors import AutoQError, ConfigError
+from autoq.errors import AutoQError, ConfigError, QuantizationError
 from autoq.quantization.pipeline import Quantizer
 from autoq.quantization.plan import Plan
 from autoq.quantization.ranks import Ranks
@@ -96,23 +97,24 @@ def test_tuning_together_needs_a_work_dir(monkeypatch: Any) -> None:
         Quantizer(variant("llama").model(), QuantConfig.from_dict({"effort": "best", "group_size": 32}), None)
 
 
-def test_a_lost_process_leaves_work_that_is_resumed(tmp_path: Path) -> None:
-    variant("llama").model().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(("effort", "blocks"), [("default", 6), ("best", 3)])
+def test_a_lost_process_leaves_work_that_is_resumed(effort: str, blocks: int, tmp_path: Path) -> None:
+    config = copy.deepcopy(variant("llama").config)
+    config.num_hidden_layers = blocks
+    Variant("deep", config).model().save_pretrained(tmp_path / "model")
     work = tmp_path / "work"
     paths = {"model": tmp_path / "model", "work": work, "out": tmp_path / "found"}
-    command = script(tmp_path, **paths)
-    undisturbed = _together(
-        2, script(tmp_path, **{**paths, "work": tmp_path / "other", "out": tmp_path / "two"}), tmp_path
-    )
-    assert undisturbed.returncode == 0
-    command = script(tmp_path, **paths)
+    undisturbed = script(tmp_path, effort, **{**paths, "work": tmp_path / "other", "out": tmp_path / "two"})
+    assert _together(2, undisturbed, tmp_path).returncode == 0
+    command = script(tmp_path, effort, **paths)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     process = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    while process.poll() is None and not present(work, "00001"):
+    while process.poll() is None and not present(work, "block-00001.safetensors"):
         time.sleep(0.001)
     for child in psutil.Process(process.pid).children()[1:]:
         child.kill()
     assert process.wait() != 0
+    assert 0 < len(present(work, "block-*.safetensors")) < blocks
     assert _together(2, command, tmp_path).returncode == 0
     assert_same(load_file(tmp_path / "found" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors"))
 
@@ -138,6 +140,19 @@ except Exception as error:
     done = _together(2, [str(tmp_path / "worker.py")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("but max_memory allows 1,000.0 MB") == 2
+
+
+def test_an_error_of_one_process_is_the_same_in_all(monkeypatch: Any) -> None:
+    ranks = Ranks()
+    ranks.size = 2
+    for error, kind, message in (
+        (ConfigError("no"), ConfigError, "no"),
+        (ZeroDivisionError("x"), QuantizationError, "process 1 met a ZeroDivisionError: x"),
+    ):
+        told = (type(error).__name__, str(error))
+        monkeypatch.setattr(ranks, "tell", lambda _value, _owner, told=told: told)
+        with pytest.raises(kind, match=f"^{message}$"):
+            ranks.agree(None, 1)
 
 
 def test_too_few_samples_for_the_processes_is_a_sentence(monkeypatch: Any) -> None:

@@ -39,6 +39,29 @@ def test_statistics_serve_other_bits_and_group_sizes(tmp_path: Path, monkeypatch
         in_memory(case, statistics=tmp_path / "statistics")
 
 
+def test_a_stopped_run_goes_on_with_the_statistics_it_began_with(tmp_path: Path, monkeypatch: Any) -> None:
+    case = variant("llama")
+    other, first, second = samples(20, seed=4), tmp_path / "first", tmp_path / "second"
+    judged = {"eval_data": samples(4, seed=5)}
+    in_memory(case, statistics=first, **judged)
+    in_memory(case, statistics=second, calib_data=other, **judged)
+    expected = saved(in_memory(case, statistics=first, **judged), tmp_path / "expected")
+
+    def stop(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize_head", stop)
+    with pytest.raises(KeyboardInterrupt):
+        in_memory(case, statistics=first, work_dir=tmp_path / "work", **judged)
+    monkeypatch.undo()
+    (tmp_path / "work" / "block-00001.safetensors").unlink()
+    with pytest.raises(ConfigError, match="the work of another run: calibration samples differ"):
+        in_memory(case, statistics=second, work_dir=tmp_path / "work", **judged)
+    # Calibration data that is not used makes no difference.
+    found = in_memory(case, statistics=first, work_dir=tmp_path / "work", calib_data=other, **judged)
+    assert_same(saved(found, tmp_path / "found"), expected)
+
+
 def test_statistics_without_the_heads_do_not_serve_the_head(tmp_path: Path) -> None:
     case = variant("llama")
     in_memory(case, settings={"group_size": 32}, statistics=tmp_path / "statistics")

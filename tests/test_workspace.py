@@ -137,11 +137,13 @@ def test_a_damaged_block_is_a_sentence(tmp_path: Path) -> None:
     in_memory(case, work_dir=tmp_path / "work")
 
 
-def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("effort", ["default", "best"])
+def test_a_killed_process_loses_nothing(effort: str, tmp_path: Path) -> None:
     case = variant("llama")
-    expected = saved(on_disk(case, tmp_path / "model"), tmp_path / "expected")
+    settings = {**SETTINGS, "effort": effort}
+    expected = saved(on_disk(case, tmp_path / "model", settings=settings), tmp_path / "expected")
     work = tmp_path / "work"
-    command = [sys.executable, *script(tmp_path, model=tmp_path / "model", work=work, out=tmp_path / "found")]
+    command = [sys.executable, *script(tmp_path, effort, model=tmp_path / "model", work=work, out=tmp_path / "found")]
     for files in (1, 6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(present(work, "*.safetensors")) < files:
@@ -155,21 +157,23 @@ def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_is_a_sentence_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
     case = variant("llama")
     expected = saved(in_memory(case), tmp_path / "expected")
-    save, count = workspace.save_file, 0
+    for module, place in ((workspace, r"block-00001\.safetensors"), (activations, "activations-0-of-1.*")):
+        save, count = module.save_file, 0
 
-    def fills(*arguments: Any, **options: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 2:
-            raise OSError(28, "No space left on device")
-        save(*arguments, **options)
+        def fills(*arguments: Any, **options: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == 2:
+                raise OSError(28, "No space left on device")
+            save(*arguments, **options)  # noqa: B023  (called before the loop goes on)
 
-    monkeypatch.setattr(workspace, "save_file", fills)
-    with pytest.raises(CheckpointError, match=r"block-00001\.safetensors could not be written .*No space left"):
-        in_memory(case, work_dir=tmp_path / "work")
-    monkeypatch.undo()
-    assert not list((tmp_path / "work").glob(".*"))
-    assert_same(saved(in_memory(case, work_dir=tmp_path / "work"), tmp_path / "found"), expected)
+        work = tmp_path / f"work-{module.__name__}"
+        monkeypatch.setattr(module, "save_file", fills)
+        with pytest.raises(CheckpointError, match=rf"{place} could not be written .*No space left.*is kept"):
+            in_memory(case, work_dir=work)
+        monkeypatch.undo()
+        assert not list(work.glob(".*"))
+        assert_same(saved(in_memory(case, work_dir=work), tmp_path / f"found-{module.__name__}"), expected)
 
 
 def test_places_that_cannot_be_written_are_known_before_any_work(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from autoq import checkpoint
 from autoq.errors import CheckpointError, first_line
 
 # Copies tensors to a device, on which the model goes on.
@@ -102,7 +104,7 @@ class DiskWeights(OffloadedWeightsLoader):
         return tensor
 
 
-def fetch_from_disk(model: PreTrainedModel, part: str, weights: DiskWeights, runner: torch.device) -> None:
+def fetch_from_disk(model: PreTrainedModel, part: str, weights: Mapping[str, Tensor], runner: torch.device) -> None:
     """Has the weights of a part, which are on the meta device, fetched linear by linear while it runs on `runner`."""
     attach_align_device_hook(
         model.get_submodule(part),
@@ -113,6 +115,26 @@ def fetch_from_disk(model: PreTrainedModel, part: str, weights: DiskWeights, run
         module_name=part,
         skip_keys=model._skip_keys_device_placement,
     )
+
+
+def weights_of(part: nn.Module) -> Mapping[str, Tensor] | None:
+    """What `fetch_from_disk` was given for a part; None if its weights are in memory."""
+    hooks: Iterator[Any] = (module._hf_hook for module in part.modules() if has_offloaded_params(module))
+    hook = next(hooks, None)
+    return None if hook is None else hook.weights_map.dataset
+
+
+def read_ahead(part: nn.Module) -> None:
+    """Has the system read the weights that a part will fetch from a checkpoint while other work is done, where it
+    can."""
+    for module in part.modules():
+        if has_offloaded_params(module):
+            hook: Any = module._hf_hook
+            index = getattr(hook.weights_map.dataset, "index", {})
+            for name in (*module._parameters, *module._buffers):
+                entry = index.get(hook.weights_map.prefix + name, {})
+                if "range" in entry:
+                    checkpoint.read_ahead(Path(entry["safetensors_file"]), *entry["range"])
 
 
 @contextmanager

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoq.architectures.base import named_linears
+from autoq.checkpoint import writing
 from autoq.errors import CheckpointError, QuantizationError
 from autoq.nn.spread import home_of
 from autoq.quantization.plan import Plan
 from autoq.quantization.statistics import InputStatistics
+
+# What a write that fails leaves.
+KEPT = "What a run with a work_dir had done before is kept"
 
 
 class HiddenStates:
@@ -31,9 +35,10 @@ class HiddenStates:
     is done can send them through that block again.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
+        """folder: where the files are; None: in memory. writes: False if it is another process that writes them."""
         self.stage = 0
-        self._folder = folder
+        self._folder, self._writes = folder, writes
         self._batches: dict[int, Tensor] = {}
 
     def resume(self, limit: int) -> None:
@@ -47,9 +52,11 @@ class HiddenStates:
         try:
             return load_file(path)["hidden_states"]
         except (OSError, KeyError, SafetensorError) as error:
+            remedy = f"delete {self._folder} to have them computed again"
+            if not self._writes:
+                remedy = "another process wrote them: work_dir must be one directory that all processes reach"
             raise CheckpointError(
-                f"{path}, the hidden states of a stopped run, cannot be read ({error}); delete {self._folder} to have "
-                "them computed again"
+                f"{path}, hidden states between two blocks, cannot be read ({error}); {remedy}"
             ) from None
 
     def write(self, batch: int, states: Tensor) -> None:
@@ -57,8 +64,9 @@ class HiddenStates:
         if self._folder is None:
             self._batches[batch] = states
             return
-        self._partial.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden_states": states.to("cpu").contiguous()}, self._partial / f"{batch:05d}.safetensors")
+        with writing(self._folder, KEPT):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden_states": states.to("cpu").contiguous()}, self._partial / f"{batch:05d}.safetensors")
 
     def advance(self, by: int = 1) -> None:
         """What was written is the input of the next block (`by=0`: of this one)."""
@@ -66,7 +74,8 @@ class HiddenStates:
         if self._folder is not None:
             done = self._folder / f"{self.stage:05d}"
             shutil.rmtree(done, ignore_errors=True)
-            os.replace(self._partial, done)
+            with writing(done, KEPT):
+                os.replace(self._partial, done)
 
     def forget(self, limit: int) -> None:
         """Deletes the inputs of the blocks before the one numbered `limit`."""
@@ -108,7 +117,7 @@ class Activations:
         writes: False if it is another process that sends them through the blocks and writes the folder.
         """
         self.batches = list(_batches(samples, batch_tokens or plan.batch_tokens))
-        self.states = HiddenStates(folder)
+        self.states = HiddenStates(folder, writes)
         self.states.resume(resume_at)
         self._kinds = _block_kinds(model, len(plan.architecture.decoder_blocks(model)))
         self._keywords: list[dict[str, dict[str, Any]]] = []

@@ -99,24 +99,33 @@ def candidate_scales(
     return candidates
 
 
-def search_scale(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize, candidates: Sequence[Tensor]) -> Tensor:
+def search_scale(parts: Sequence[tuple[Tensor, FakeQuantize]], gram: Tensor, candidates: Sequence[Tensor]) -> Tensor:
     """The candidate `s` with the smallest error `|Q(W s)(X / s) - W X|^2`; the first one wins a tie.
 
     Of a tall weight, a sample of the rows chooses a few finalists, which are then compared on many more: neighbouring
     ratios differ by less than the choice of few rows could hide.
 
-    weight: the weights that read the activation, one above the other, fp32 or fp64 `[out, in]`.
-    gram: `X X^T`, `[in, in]`, in the weight's dtype.
-    fake_quantize: rounds a weight `[rows, in]` to the quantized grid and back.
+    parts: the weights `W` that read the activation, fp32 or fp64 `[out, in]`, those that are rounded alike one above
+        the other, each part with what rounds rows `[rows, in]` of it to its quantized grid and back.
+    gram: `X X^T`, `[in, in]`, in the weights' dtype.
     candidates: scales `[in]`, positive.
     """
-    finalists = list(range(len(candidates)))
-    if weight.shape[0] >= 2 * _SCREENED_ROWS:
-        screened = weight[drawn_rows(weight, _SCREENED_ROWS)]
-        errors = _scale_errors(screened, gram, fake_quantize, candidates, finalists)
-        finalists = sorted(errors, key=errors.__getitem__)[:_FINALISTS]
-    deciding = weight[drawn_rows(weight, _DECIDING_ROWS)]
-    errors = _scale_errors(deciding, gram, fake_quantize, candidates, sorted(finalists))
+    rows = sum(len(weight) for weight, _ in parts)
+
+    def errors_of(count: int, indices: Sequence[int]) -> dict[int, float]:
+        """The errors of candidates on so many rows, each part with its share of them."""
+        errors = dict.fromkeys(indices, 0.0)
+        for weight, fake_quantize in parts:
+            drawn = weight[drawn_rows(weight, -(-count * len(weight) // rows))]
+            for index, error in _scale_errors(drawn, gram, fake_quantize, candidates, indices).items():
+                errors[index] += error
+        return errors
+
+    finalists: Sequence[int] = range(len(candidates))
+    if rows >= 2 * _SCREENED_ROWS:
+        errors = errors_of(_SCREENED_ROWS, finalists)
+        finalists = sorted(sorted(errors, key=errors.__getitem__)[:_FINALISTS])
+    errors = errors_of(_DECIDING_ROWS, finalists)
     return candidates[min(errors, key=errors.__getitem__)]
 
 

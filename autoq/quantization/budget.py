@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -71,7 +72,8 @@ class Load:
     """What a process of a run has to do.
 
     tokens, held_out_tokens: that it sends through the blocks; longest: of one sample.
-    processes: that share the search. device: where blocks are run and searched; None: where they are.
+    processes: that share the search; width: blocks that are observed before the first of them is done.
+    device: where blocks are run and searched; None: where they are.
     resident: bytes of memory that the process takes already. statistics: the directory they are written to, if any.
     """
 
@@ -79,6 +81,7 @@ class Load:
     held_out_tokens: int = 0
     longest: int = 0
     processes: int = 1
+    width: int = 1
     device: torch.device | None = None
     resident: int = 0
     statistics: Path | None = None
@@ -131,7 +134,9 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     if plan.embeddings is not None:
         # The weight, and its codes as they are, in one piece and packed.
         head = max(head, 5 * plan.embeddings.out_features * plan.embeddings.in_features)
-    peak = max(block + max(grams + batch, searching), head, logits)
+    # A process that waits for its turn to search keeps its block while it observes those of the others.
+    observing = grams + batch + (block + grams if load.processes > 1 and load.width > 1 else 0)
+    peak = max(block + max(observing, searching), head, logits)
     if load.device is not None and load.device.type != "cpu":
         peak = block  # the rest takes the memory of that device
     peak = max(peak, fetched if offloaded else 0)
@@ -140,7 +145,9 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     packed = sum(
         spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
     )
-    disk = (packed if keeps_results else 0) + (0 if in_memory else 2 * hidden)
+    # Of all processes, which may share a disk: the inputs of all blocks under way, and what the last of them gives.
+    stages = load.processes * (load.width + 1)
+    disk = (packed if keeps_results else 0) + (0 if in_memory else stages * hidden)
     statistics = 0
     if load.statistics is not None:
         statistics = grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
@@ -222,19 +229,46 @@ def settle_memory(
             )
         warnings.warn(f"{takes}, but {megabytes(limit)} are free.{loaded}", stacklevel=4)
     directory = Path(tempfile.gettempdir()) if work_dir is None else work_dir
-    _check_room(directory, found.disk - found.statistics, "work_dir", on_disk)
+    needs = [_Need("work_dir", directory, found.disk - found.statistics, on_disk)]
     if load.statistics is not None:
-        _check_room(load.statistics, found.statistics, "statistics", True)
+        needs.append(_Need("statistics", load.statistics, found.statistics, True))
+    _check_room(needs)
     return spills, found
 
 
-def _check_room(directory: Path, needed: int, name: str, is_ours: bool) -> None:
-    """Raises ConfigError unless so many bytes fit into a directory; where it is ours, what is there already counts."""
-    kept = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if is_ours else 0
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed - kept > free:
-        raise ConfigError(
-            f"quantizing this model takes {megabytes(needed - kept)} on the disk, but {directory} has "
-            f"{megabytes(free)} left; give a {name} where there is more"
-        )
+class _Need(NamedTuple):
+    """Bytes that an argument's directory has to hold; where it is ours, what is there already counts."""
+
+    argument: str
+    directory: Path
+    needed: int
+    is_ours: bool
+
+    @property
+    def missing(self) -> int:
+        kept = (path.stat().st_size for path in self.directory.rglob("*") if path.is_file()) if self.is_ours else ()
+        return max(self.needed - sum(kept), 0)
+
+    @property
+    def existing(self) -> Path:
+        """The directory, or the one that it will be made in."""
+        return next(place for place in (self.directory, *self.directory.absolute().parents) if place.exists())
+
+
+def _file_system(directory: Path) -> int:
+    return directory.stat().st_dev
+
+
+def _check_room(needs: Iterable[_Need]) -> None:
+    """Raises ConfigError unless every file system has room for all that goes there."""
+    by_system: dict[int, list[tuple[int, _Need]]] = {}
+    for need in needs:
+        by_system.setdefault(_file_system(need.existing), []).append((need.missing, need))
+    for together in by_system.values():
+        missing, free = sum(size for size, _ in together), shutil.disk_usage(together[0][1].existing).free
+        if missing > free:
+            _, largest = max(together, key=lambda entry: entry[0])
+            raise ConfigError(
+                f"quantizing this model takes {megabytes(missing)} on the disk, but {largest.directory} has "
+                f"{megabytes(free)} left; give a {largest.argument} where there is more"
+            )

@@ -24,7 +24,15 @@ from autoq.config import LM_HEAD, QuantConfig
 from autoq.errors import ConfigError
 from autoq.nn import QuantEmbedding, QuantLinear, ScaledActivation
 from autoq.nn.linear import replace_module
-from autoq.nn.spread import DiskWeights, bring, fetch_from_disk, is_offloaded, remove_hooks
+from autoq.nn.spread import (
+    DiskWeights,
+    bring,
+    fetch_from_disk,
+    is_offloaded,
+    read_ahead,
+    remove_hooks,
+    weights_of,
+)
 from autoq.quantization.activations import check_statistics, device_of, observe
 from autoq.quantization.allocation import allocate_bits
 from autoq.quantization.awq_cache import check_writable, fit_to_model, read_awq_cache, write_awq_cache
@@ -133,6 +141,9 @@ class Quantizer:
             "calibration": calibration.describe(),
             "tokens": calibration.tokens,
         }
+        # Blocks that are observed before the first of them is done; one that is tuned waits for what the one before it
+        # gives.
+        self.width = 1 if plan.tunes else max(len(run.devices), self.ranks.size)
         store = None if run.statistics is None else StatisticsStore(run.statistics, identity)
         self.source = StatisticsSource(plan, calibration, store, self.ranks)
         calibrating = self.ranks.share(calibration.samples) if self.source.collects else ()
@@ -142,6 +153,7 @@ class Quantizer:
             held_out_tokens=sum(map(len, held_out)),
             longest=max(map(len, (*calibrating, *held_out)), default=0),
             processes=self.ranks.size,
+            width=self.width,
             device=run.devices[0] if run.devices else None,
             resident=int(self.ranks.largest(resident_bytes())),
             statistics=None if store is None or store.is_complete else store.directory,
@@ -202,7 +214,7 @@ class Quantizer:
         if self.workspace is not None:
             settings = {f"the setting {name}": value for name, value in asdict(self.plan.config).items()}
             settings["model"] = identity["model"]
-            samples = {"calibration samples": identity["samples"], "held-out samples": None}
+            samples = {"calibration samples": self.source.samples(), "held-out samples": None}
             if run.held_out is not None:
                 samples["held-out samples"] = fingerprint_of_samples(run.held_out.samples)
             used = {"statistics collected earlier": not self.source.collects, "search results": digest}
@@ -258,8 +270,6 @@ class Quantizer:
         or processes, a block is observed while those before it are searched."""
         report = QuantizationReport(self.source.description, self.source.tokens)
         report.embeddings = self.embeddings_line
-        # A block that is tuned waits for what the one before gives.
-        width = 1 if self.plan.tunes else max(len(self.run.devices), self.ranks.size)
         pending: list[_Search] = []
         shown = self.run.progress and self.ranks.is_first
         with (
@@ -267,7 +277,7 @@ class Quantizer:
             tqdm(total=len(self.blocks), initial=self.done, desc="quantizing", unit="block", disable=not shown) as bar,
         ):
             for index in range(len(self.blocks)):
-                if len(pending) >= width:
+                if len(pending) >= self.width:
                     report.linears += self._settle(pending, bar)
                 pending.append(self._begin(index, pool))
                 if len(self.run.devices) > 1:
@@ -321,11 +331,14 @@ class Quantizer:
         device = devices[index % len(devices)] if devices else home
         if done and self.streams.are_past(index):
             return _Search(index, block, home, device, offloaded, 0, None)
+        files = weights_of(block)
         with self._timed("reading"):
             if offloaded:
                 bring(block, prefix)
             if device_of(block) != device:
                 block.to(device)
+            if index + 1 < len(self.blocks):
+                read_ahead(self.blocks[index + 1])
         probe = self.streams.probe_of(index, device)
         statistics: dict[str, InputStatistics] = {}
         with self._timed("observing"):
@@ -334,6 +347,9 @@ class Quantizer:
                 observed = observe(block, self.streams.calibration, self.plan, alone, home)
                 statistics = self.source.gather(block_key(index), observed, owner)
             self.streams.through_full(index, block, home)
+        if files is not None and owner != self.ranks.rank:
+            # Another process searches it, and tells what it became.
+            fetch_from_disk(self.model, prefix, files, home)
         if done:
             return _Search(index, block, home, device, offloaded, 0, None)
         if self.plan.tunes:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoq.errors import CalibrationError, QuantizationError
+from autoq import errors
+from autoq.errors import AutoQError, CalibrationError, QuantizationError
 from autoq.quantization.statistics import InputStatistics
 
 T = TypeVar("T")
+
+# While one process tunes a block or searches the head, the others wait for it; torch's half hour is too short for that.
+_PATIENCE = timedelta(days=7)
 
 
 class Ranks:
@@ -116,9 +121,13 @@ class Ranks:
     def agree(self, error: Exception | None, owner: int) -> None:
         """Raises in all processes the error that one of them has met, so that none waits for the others."""
         if self.size > 1:
-            message = self.tell(None if error is None else str(error), owner)
-            if message is not None and error is None:
-                raise QuantizationError(message)
+            met = self.tell(None if error is None else (type(error).__name__, str(error)), owner)
+            if met is not None and error is None:
+                kind, message = met
+                ours = getattr(errors, kind, None)
+                if isinstance(ours, type) and issubclass(ours, AutoQError):
+                    raise ours(message)
+                raise QuantizationError(f"process {owner} met a {kind}: {message}")
         if error is not None:
             raise error
 
@@ -130,9 +139,9 @@ def join_torchrun() -> None:
     # The same choice in every process: some may have a GPU where others have none.
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         torch.cuda.set_device(dist.get_node_local_rank())
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     atexit.register(_leave)  # threads that still run at the end of the process would abort it
 
 

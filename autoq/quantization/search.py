@@ -35,7 +35,7 @@ _REPORTED_ROWS = 2048
 
 @dataclass
 class SearchResults:
-    """What the AWQ search found, by the full names of modules.
+    """What the AWQ search found, by the full names of modules; on the CPU.
 
     scales: `[channels]`, for the operation that divides by it and the linears that are multiplied by it.
     clips: `[out, groups, 1]`, the range of each group of a linear whose scale is folded.
@@ -144,7 +144,8 @@ def quantize_block(
                     reports[leaf] = _finish_linear(block, leaf, work.pop(leaf), rounded.pop(leaf), plan)
     if batches:
         weights = {leaf: (work[leaf].linear.weight.detach(), one.weight) for leaf, one in rounded.items()}
-        for leaf, weight in tuning.tune_block(block, weights, batches).items():
+        dtype = next(iter(work.values())).dtype
+        for leaf, weight in tuning.tune_block(block, weights, batches, dtype).items():
             reports[leaf] = _finish_linear(block, leaf, work.pop(leaf), rounded[leaf]._replace(weight=weight), plan)
     for leaf, item in work.items():
         item.restore()
@@ -230,7 +231,8 @@ def _scale_group(
     if known is not None and names not in known.scales:
         return
     inputs = statistics[group.linears[0]]
-    weights = [work[leaf].linear.weight for leaf in group.linears]
+    linears = [work[leaf].linear for leaf in group.linears]
+    weights = [linear.weight for linear in linears]
     device, channels = weights[0].device, weights[0].shape[1]
     if group.activation:
         act = ScaledActivation(block.get_submodule(group.prev), channels, work[group.linears[0]].dtype)
@@ -238,15 +240,22 @@ def _scale_group(
     prev = block.get_submodule(group.prev)
     rows = None if group.rows is None else group.rows(plan.model_config).to(device)
     if known is None:
-        weight = torch.cat(weights)
-        first = work[group.linears[0]].name
-        magnitude = awq.weight_magnitude(weight, plan.group_sizes[first]) if plan.config.duo_scaling else None
+        magnitude = None
+        if plan.config.duo_scaling:
+            magnitude = awq.weight_magnitude(torch.cat(weights), plan.group_sizes[names[1][0]])
         candidates = awq.candidate_scales(inputs.mean_absolute, magnitude, awq.SCALE_GRID, rows)
-        scale = awq.search_scale(weight, inputs.gram, plan.fake_quantize(first), candidates)
+        alike: dict[int, list[str]] = {}  # linears, by their bits
+        for leaf in group.linears:
+            alike.setdefault(plan.config.bits_for(work[leaf].name), []).append(leaf)
+        parts = [
+            (torch.cat([work[leaf].linear.weight for leaf in leaves]), plan.fake_quantize(work[leaves[0]].name))
+            for leaves in alike.values()
+        ]
+        scale = awq.search_scale(parts, inputs.gram, candidates)
     else:
         scale = _known_scale(known.scales[names], names, channels, rows).to(device)
-    scale = awq.fold_scale(prev, [work[leaf].linear for leaf in group.linears], scale, rows)
-    found.scales[names] = scale
+    scale = awq.fold_scale(prev, linears, scale, rows)
+    found.scales[names] = scale.to("cpu")
     for leaf in group.linears:
         work[leaf].column_scale = scale
     if isinstance(prev, nn.Linear):
@@ -349,7 +358,7 @@ def _clip(
         ranges = known.clips[name].to(weight)
     else:
         return weight
-    found.clips[name] = ranges
+    found.clips[name] = ranges.to("cpu")
     return _within(weight, inputs.gram, plan.group_errors(name), ranges, plan.config)
 
 

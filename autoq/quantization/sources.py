@@ -13,7 +13,7 @@ from autoq.quantization.calibration import CalibrationSet
 from autoq.quantization.plan import Plan
 from autoq.quantization.ranks import Ranks
 from autoq.quantization.statistics import InputStatistics
-from autoq.quantization.workspace import StatisticsStore
+from autoq.quantization.workspace import StatisticsStore, fingerprint_of_samples
 
 
 class StatisticsSource:
@@ -33,6 +33,12 @@ class StatisticsSource:
     def description(self) -> str:
         """One line about the data that guides the search."""
         return self._calibration.describe() if self.collects or self._store is None else self._store.description
+
+    def samples(self) -> str:
+        """A fingerprint of the samples behind the statistics."""
+        if self.collects or self._store is None:
+            return fingerprint_of_samples(self._calibration.samples)
+        return self._store.samples
 
     @property
     def tokens(self) -> int:

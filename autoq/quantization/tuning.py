@@ -78,12 +78,14 @@ def tune_block(
     block: nn.Module,
     weights: Mapping[str, tuple[Tensor, QuantizedWeight]],
     batches: Sequence[Batch],
+    dtype: torch.dtype = torch.float32,
     steps: int | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Tunes the quantized weights of a block together with its norms and biases, which change in place.
 
     block: a decoder block with plain linears.
     weights: of each linear to quantize, by name, its weight in fp32 and what it was rounded to.
+    dtype: that the biases of these linears will be kept in.
     batches: each step takes the next, in an order drawn anew once all had their turn; all is computed in fp32.
     steps: how many; None: `STEPS`.
     Returns the weights as tuned. A block that did not get better is left as it was.
@@ -119,10 +121,14 @@ def tune_block(
             loss_of(batches[order.pop()]).backward()
         optimizer.step()
     with torch.no_grad():
-        # Judged is what is kept: scales in fp16, norms and biases in their own dtype.
+        # Judged is what is kept: scales in fp16, norms in their own dtype.
         results = {name: weight.result() for name, weight in tuned.items()}
         matrices = {f"{name}.weight": dequantize(weight) for name, weight in results.items()}
-        kept = {name: value.to(others[name].dtype) for name, value in vectors.items()}
+        biases = {f"{name}.bias" for name in weights}
+        kept = {
+            name: (value.to(dtype) if name in biases else value).to(others[name].dtype)
+            for name, value in vectors.items()
+        }
         final = {**fixed, **{name: value.float() for name, value in kept.items()}, **matrices}
         # Not "after >= before": a loss that is not a number is no gain either.
         if not sum(float(_relative_error(block, final, batches[judge])) for judge in judges) < before:

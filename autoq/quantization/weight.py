@@ -1,4 +1,5 @@
-"""The only quantization arithmetic of the package: what a quantized weight is, and how to get one and back.
+"""The quantization arithmetic of the package: what a quantized weight is, and how to get one and back. Only the native
+errors of ranges (csrc/cpu/search_kernels.h) say it once more, for speed; tests hold them to this.
 
 A weight `W` of shape `[out, in]` is cut along `in` into groups of `group_size`. Each group has a scale `s` and an
 integer zero point `z`, and each weight a code `q` of `bits` bits, so that `W ~ (q - z) * s`.

@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autoq._version import __version__
+from autoq.checkpoint import writing
 from autoq.errors import CheckpointError, ConfigError
 from autoq.nn.spread import in_memory
+from autoq.quantization.activations import KEPT
 from autoq.quantization.report import LinearReport
 from autoq.quantization.search import BlockResult, SearchResults
 from autoq.quantization.statistics import InputStatistics
@@ -44,19 +46,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises CheckpointError where that fails, as on a full disk.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise CheckpointError(
-            f"{path} could not be written ({error}); make room or choose another place. What a run with a work_dir "
-            "had done before is kept"
-        ) from None
+    with writing(path, KEPT):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()  # it is there only if something failed
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -247,6 +246,11 @@ class StatisticsStore:
                 f"{directory} holds a part of the statistics of other calibration data; delete it, or give another one"
             )
         self._identity = found
+
+    @property
+    def samples(self) -> str:
+        """The fingerprint of the samples that the statistics are of."""
+        return str(self._identity["samples"])
 
     @property
     def is_complete(self) -> bool:
