@@ -46,7 +46,7 @@ def test_hidden_states_go_to_the_disk_when_memory_is_short(tmp_path: Path, monke
     settle = partial(budget.settle_memory, model, plan, load, work_dir=None)
     in_memory, on_disk = (budget.estimate(model, plan, load, way, True) for way in (True, False))
     assert in_memory.memory - on_disk.memory == pytest.approx(tokens * 64 * 4, rel=0.2)
-    assert on_disk.disk - in_memory.disk == 2 * tokens * 64 * 4
+    assert on_disk.disk - in_memory.disk == 3 * tokens * 64 * 4
     assert not settle(max_memory=in_memory.memory + 10**8)[0]
     assert settle(max_memory=on_disk.memory + 10**8)[0]
     assert on_disk.for_share(0.25).seconds == on_disk.seconds / 4
@@ -120,9 +120,10 @@ def test_what_an_estimate_counts() -> None:
     assert found({}, held_out_tokens=10**5, longest=10**5).memory > found({}, held_out_tokens=10**5).memory
     assert found({}, device=torch.device("meta")).memory < found({}).memory
     assert found({}, resident=10**9).memory == found({}).memory + 10**9
-    # Four processes have a quarter of the samples each, and the inputs of four blocks, beside what the last one gives.
+    # Four processes have a quarter of the samples each, and the inputs of four blocks, beside those of the block
+    # that is written and what the last one gives.
     alone, together = found({}, in_memory=False), found({}, in_memory=False, tokens=10**5 // 4, processes=4, width=4)
-    assert together.disk == alone.disk // 2 * 5
+    assert together.disk == alone.disk // 3 * 6
     assert found({}, processes=4, width=4).memory > found({}).memory
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import pytest
@@ -42,17 +43,19 @@ def test_a_run_stopped_at_any_write_goes_on_and_ends_with_the_same_bits(
     )
     expected = make()
     wanted = saved(expected, tmp_path / "expected")
-    writes = 0
+    writes, counting = 0, Lock()  # blocks are written by a thread of their own
     replace, save = os.replace, activations.save_file
 
     def counted(function: Callable[..., None], stop: int, when: str) -> Callable[..., None]:
         def run(*arguments: Any, **options: Any) -> None:
             nonlocal writes
-            writes += 1
-            if writes == stop and when == "before":
+            with counting:
+                writes += 1
+                is_last = writes == stop
+            if is_last and when == "before":
                 raise _Stop
             function(*arguments, **options)
-            if writes == stop:
+            if is_last:
                 raise _Stop
 
         return run
@@ -76,6 +79,30 @@ def test_a_run_stopped_at_any_write_goes_on_and_ends_with_the_same_bits(
         assert_same(saved(found, tmp_path / f"found-{stop}"), wanted)
         shutil.rmtree(work)
     assert stop > 25
+
+
+def test_a_block_is_written_while_the_next_one_is_observed(tmp_path: Path, monkeypatch: Any) -> None:
+    """And what it was made of stays until it is written."""
+    case, work = variant("llama"), tmp_path / "work"
+    observe, save = pipeline.observe, workspace.Workspace.save_block
+    observed = [Event() for _ in case.model().model.layers]
+    turns = iter(observed)
+    kept = []
+
+    def signalling(*arguments: Any) -> Any:
+        next(turns).set()
+        return observe(*arguments)
+
+    def waiting(self: workspace.Workspace, index: int, *arguments: Any) -> None:
+        if index + 1 < len(observed):
+            assert observed[index + 1].wait(timeout=60), "the run does not go on"
+        kept.append(len(present(work / "activations-0-of-1" / "calibration", f"{index:05d}")))
+        save(self, index, *arguments)
+
+    monkeypatch.setattr(pipeline, "observe", signalling)
+    monkeypatch.setattr(workspace.Workspace, "save_block", waiting)
+    in_memory(case, work_dir=work)
+    assert kept == [1] * len(observed)
 
 
 def test_a_finished_run_is_taken_up_without_searching_blocks(tmp_path: Path, monkeypatch: Any) -> None:

@@ -134,19 +134,23 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     if plan.embeddings is not None:
         # The weight, and its codes as they are, in one piece and packed.
         head = max(head, 5 * plan.embeddings.out_features * plan.embeddings.in_features)
-    # A process that waits for its turn to search keeps its block while it observes those of the others.
+    packed = sum(
+        spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
+    )
+    # A process that waits for its turn to search keeps its block while it observes those of the others, and a block
+    # that is done while it is written.
     observing = grams + batch + (block + grams if load.processes > 1 and load.width > 1 else 0)
+    if keeps_results:
+        observing += packed // len(blocks)
     peak = max(block + max(observing, searching), head, logits)
     if load.device is not None and load.device.type != "cpu":
         peak = block  # the rest takes the memory of that device
     peak = max(peak, fetched if offloaded else 0)
     memory = load.resident + _UNCOUNTED + peak + (hidden if in_memory else 0)
 
-    packed = sum(
-        spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
-    )
-    # Of all processes, which may share a disk: the inputs of all blocks under way, and what the last of them gives.
-    stages = load.processes * (load.width + 1)
+    # Of all processes, which may share a disk: the inputs of all blocks under way and of the one that is written, and
+    # what the last of them gives.
+    stages = load.processes * (load.width + 2)
     disk = (packed if keeps_results else 0) + (0 if in_memory else stages * hidden)
     statistics = 0
     if load.statistics is not None:

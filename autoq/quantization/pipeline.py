@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from threading import Lock
@@ -100,6 +101,31 @@ class _Search:
     def start(self) -> None:
         if self.future is None and self.work is not None:
             self.future = self.work()
+
+
+class _Behind:
+    """Does one piece of work after another while the run goes on."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._work: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begins a piece of work once the one before is done; raises what that met."""
+        self.wait()
+        self._work = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until nothing is left to do; raises what it met."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._pool.shutdown()
 
 
 class Quantizer:
@@ -274,16 +300,19 @@ class Quantizer:
         shown = self.run.progress and self.ranks.is_first
         with (
             ThreadPoolExecutor(max(1, len(self.run.devices))) as pool,
+            _Behind() as writer,
             tqdm(total=len(self.blocks), initial=self.done, desc="quantizing", unit="block", disable=not shown) as bar,
         ):
             for index in range(len(self.blocks)):
                 if len(pending) >= self.width:
-                    report.linears += self._settle(pending, bar)
+                    report.linears += self._settle(pending, writer, bar)
                 pending.append(self._begin(index, pool))
                 if len(self.run.devices) > 1:
                     pending[-1].start()
             while pending:
-                report.linears += self._settle(pending, bar)
+                report.linears += self._settle(pending, writer, bar)
+            writer.wait()
+            self.streams.forget(len(self.blocks))
         head = None
         if self.plan.shares_head and self.embeddings is not None:
             head, line = share_head(self.model, self.plan, self.embeddings, self.source.tokens)
@@ -368,7 +397,7 @@ class Quantizer:
         start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
         return _Search(index, block, home, device, offloaded, owner, start if owner == self.ranks.rank else None)
 
-    def _settle(self, pending: list[_Search], bar: Any) -> list[LinearReport]:
+    def _settle(self, pending: list[_Search], writer: _Behind, bar: Any) -> list[LinearReport]:
         """Ends the first search, or all where several processes wait for each other; each has one of them."""
         ended = pending[:] if self.ranks.size > 1 else pending[:1]
         del pending[: len(ended)]
@@ -376,12 +405,13 @@ class Quantizer:
             search.start()
         reports = []
         for search in ended:
-            reports += self._finish(search)
+            reports += self._finish(search, writer)
             bar.update(search.index >= self.done)
         return reports
 
-    def _finish(self, search: _Search) -> list[LinearReport]:
-        """Takes the result of a search to wherever it is needed, and forgets what is not needed any more."""
+    def _finish(self, search: _Search, writer: _Behind) -> list[LinearReport]:
+        """Takes the result of a search to wherever it is needed, and forgets what is not needed any more. The block is
+        written while the run goes on; until the next one ends, its inputs are kept."""
         index, block, prefix = search.index, search.block, self.plan.block_name(search.index)
         result = BlockResult([], SearchResults())
         tensors: dict[str, Tensor] = {}
@@ -404,7 +434,7 @@ class Quantizer:
                 self._restore(block, prefix, tensors)
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
             with self._timed("writing"):
-                self.workspace.save_block(index, tensors, result)
+                writer.start(partial(self.workspace.save_block, index, tensors, result))
         if self.run.awq_cache is not None:
             self.search.update(result.search)
         with self._timed("passing on"):
@@ -414,7 +444,7 @@ class Quantizer:
             fetch_from_disk(self.model, prefix, loader, search.home)
         elif device_of(block) != search.home:
             block.to(search.home)
-        self.streams.forget(index + 1)
+        self.streams.forget(index)
         return result.reports
 
     def _restore(self, block: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
