@@ -58,28 +58,34 @@ Tensor group_errors(const Tensor& weights_, const Tensor& low_, const Tensor& hi
 
 // ---- channels, one after the other ----------------------------------------------------------------------------------
 
-// The arguments that both operators have in common; `values` and `codes` are written. `factors` must be contiguous.
-cpu::Channels channels_of(const char* name, const Tensor& values, const Tensor& codes, const Tensor& scales,
+// The arguments that both operators have in common; `pulls` and `codes` are written. `factors` must be contiguous.
+cpu::Channels channels_of(const char* name, const Tensor& pulls, const Tensor& codes, const Tensor& scales,
                           const Tensor& zeros, const Tensor& factors, int64_t bits) {
-    const auto fits = [&](const Tensor& tensor) {
+    const auto fits = [&](const Tensor& tensor, int64_t rows) {
         return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 &&
-               tensor.is_contiguous() && tensor.size(0) == values.size(0) && tensor.size(1) == values.size(1);
+               tensor.is_contiguous() && tensor.size(0) == rows && tensor.size(1) == pulls.size(1);
     };
-    STD_TORCH_CHECK(values.dim() == 2, "autoq::", name, ": values must have two dimensions, channels and outputs");
-    STD_TORCH_CHECK(fits(values) && fits(codes) && fits(scales) && fits(zeros), "autoq::", name,
-                    ": values, codes, scales and zeros must be contiguous float32 on the CPU, of one shape");
-    const int64_t channels = values.size(0);
+    STD_TORCH_CHECK(pulls.dim() == 2 && scales.dim() == 2, "autoq::", name,
+                    ": what is given of each channel must have two dimensions, channels and outputs");
+    const int64_t channels = pulls.size(0), groups = scales.size(0);
+    STD_TORCH_CHECK(fits(pulls, channels) && fits(codes, channels), "autoq::", name,
+                    ": what is given of each channel must be contiguous float32 on the CPU, of one shape");
+    STD_TORCH_CHECK(fits(scales, groups) && fits(zeros, groups) && groups > 0 && channels % groups == 0,
+                    "autoq::", name, ": scales and zeros must be contiguous float32 on the CPU, [groups, ",
+                    pulls.size(1), "], of groups that divide ", channels, " channels");
     STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.dim() == 2 &&
                         factors.size(0) == channels && factors.size(1) == channels,
                     "autoq::", name, ": factors must be float32 [", channels, ", ", channels, "] on the CPU");
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "autoq::", name, ": bits is ", bits, "; it must be 2 to 8");
-    return {static_cast<float*>(values.data_ptr()),
+    return {nullptr,
+            static_cast<float*>(pulls.data_ptr()),
             static_cast<float*>(codes.data_ptr()),
             static_cast<const float*>(scales.data_ptr()),
             static_cast<const float*>(zeros.data_ptr()),
             static_cast<const float*>(factors.data_ptr()),
             channels,
-            values.size(1),
+            pulls.size(1),
+            channels / groups,
             static_cast<int>(bits)};
 }
 
@@ -90,11 +96,15 @@ void for_outputs(const cpu::Channels& work, void (*kernel)(const cpu::Channels&,
     });
 }
 
-void compensate_channels(Tensor values, Tensor codes, const Tensor& scales, const Tensor& zeros, const Tensor& factors_,
-                         int64_t bits) {
+void compensate_channels(Tensor values, Tensor pulls, Tensor codes, const Tensor& scales, const Tensor& zeros,
+                         const Tensor& factors_, int64_t bits) {
     const Tensor factors = make_contiguous(factors_);
-    for_outputs(channels_of("compensate_channels", values, codes, scales, zeros, factors, bits),
-                cpu::kernels().search->compensate);
+    cpu::Channels work = channels_of("compensate_channels", pulls, codes, scales, zeros, factors, bits);
+    STD_TORCH_CHECK(values.is_cpu() && values.scalar_type() == ScalarType::Float && values.dim() == 2 &&
+                        values.is_contiguous() && values.size(0) == work.channels && values.size(1) == work.outputs,
+                    "autoq::compensate_channels: values must be contiguous float32 on the CPU, shaped as the codes");
+    work.values = static_cast<float*>(values.data_ptr());
+    for_outputs(work, cpu::kernels().search->compensate);
 }
 
 void descend_channels(Tensor gradient, Tensor codes, const Tensor& scales, const Tensor& zeros, const Tensor& gram_,

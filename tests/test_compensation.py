@@ -45,7 +45,7 @@ def _by_definition(weight: Tensor, gram: Tensor, grid: QuantizedWeight) -> Tenso
 def test_it_is_the_stepwise_optimum(bits: int, zero_point: bool) -> None:
     gram, weight = _data(32, 6)
     grid = quantize(weight, bits, 16, zero_point)
-    found = dequantize(Compensator(gram).round(weight, grid), torch.float64)
+    found = dequantize(Compensator(gram).round(weight, grid)[0], torch.float64)
     expected = _by_definition(weight, gram, grid)
     # A value on the edge between two codes may fall either way in fp32, and what follows compensates for it.
     same = (found - expected).abs().amax(dim=1) < 1e-5
@@ -57,7 +57,7 @@ def test_it_is_the_stepwise_optimum(bits: int, zero_point: bool) -> None:
 def test_it_beats_rounding_to_nearest_and_keeps_the_grid(group_size: int) -> None:
     gram, weight = _data()
     nearest = quantize(weight, 3, group_size)
-    found = Compensator(gram).round(weight, nearest)
+    found, _ = Compensator(gram).round(weight, nearest)
     assert torch.equal(found.scales, nearest.scales)
     assert torch.equal(found.zeros, nearest.zeros)
     assert found.codes.dtype == torch.uint8
@@ -69,24 +69,36 @@ def test_it_beats_rounding_to_nearest_and_keeps_the_grid(group_size: int) -> Non
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gram, weight = _data(96)
     grid = quantize(weight, 4, 32)
-    whole = Compensator(gram).round(weight, grid).codes
+    whole = Compensator(gram).round(weight, grid)[0].codes
     monkeypatch.setattr(compensation, "BLOCK", 7)
-    in_blocks = Compensator(gram).round(weight, grid).codes
+    in_blocks = Compensator(gram).round(weight, grid)[0].codes
     assert (whole != in_blocks).float().mean() < 0.02  # fp32 sums in another order
+
+
+def test_it_ends_with_the_gradient_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensation, "_PANEL", 40)  # more than one, and a part
+    gram, weight = _data(96)
+    few = torch.randn(3, 96)
+    for inputs in (gram, few.T @ few, torch.zeros(96, 96)):
+        compensator = Compensator(inputs)
+        found, rest = compensator.round(weight, quantize(weight, 4, 32))
+        damped = compensator.damped(inputs)
+        expected = damped.double() @ (dequantize(found, torch.float64) - weight.double()).T
+        assert (compensator.gradient(rest) - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_inputs_that_say_nothing() -> None:
     _, weight = _data()
     grid = quantize(weight, 4, 16)
-    assert torch.equal(Compensator(torch.zeros(64, 64)).round(weight, grid).codes, grid.codes)
+    assert torch.equal(Compensator(torch.zeros(64, 64)).round(weight, grid)[0].codes, grid.codes)
     few = torch.randn(3, 64)
-    found = Compensator(few.T @ few).round(weight, grid)  # rank 3 of 64
+    found, _ = Compensator(few.T @ few).round(weight, grid)  # rank 3 of 64
     assert torch.isfinite(dequantize(found)).all()
     for extreme in (torch.full((64, 64), 1e30), torch.eye(64) * 3e38, torch.eye(64) * 1e-38):
-        assert torch.isfinite(dequantize(Compensator(extreme).round(weight, grid))).all()
+        assert torch.isfinite(dequantize(Compensator(extreme).round(weight, grid)[0])).all()
 
 
 def test_channels_without_correlation_are_rounded_to_nearest() -> None:
     _, weight = _data()
     grid = quantize(weight, 4, 16)
-    assert torch.equal(Compensator(torch.diag(torch.rand(64) + 0.1)).round(weight, grid).codes, grid.codes)
+    assert torch.equal(Compensator(torch.diag(torch.rand(64) + 0.1)).round(weight, grid)[0].codes, grid.codes)

@@ -70,15 +70,17 @@ def test_group_errors_check_their_arguments() -> None:
 # ---- channels, one after the other -----------------------------------------------------------------------------------
 
 
-def channels(count: int, outputs: int, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values, codes, scales, zeros, and a Gram matrix that ties the channels to each other."""
-    values, scales = torch.randn(count, outputs), 0.1 + 0.2 * torch.rand(count, outputs)
-    codes, zeros = torch.randint(0, 2**bits, (2, count, outputs)).float()
+def channels(count: int, outputs: int, bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Values, codes, the scales and zeros of groups, and a Gram matrix that ties the channels to each other."""
+    values, scales = torch.randn(count, outputs), 0.1 + 0.2 * torch.rand(groups, outputs)
+    codes = torch.randint(0, 2**bits, (count, outputs)).float()
+    zeros = torch.randint(0, 2**bits, (groups, outputs)).float()
     inputs = torch.randn(4 * count, count) @ (torch.eye(count) + 0.3 * torch.randn(count, count))
     return values, codes, scales, zeros, inputs.T @ inputs / len(inputs) + 0.1 * torch.eye(count)
 
 
-SIZES = [(1, 1), (5, 16), (24, 33), (128, 100)]
+# Channels, outputs, groups; a descent takes 128 channels at a time.
+SIZES = [(1, 1, 1), (5, 16, 5), (24, 33, 3), (128, 100, 2), (300, 20, 3)]
 
 
 def assert_nearest(codes: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
@@ -89,61 +91,91 @@ def assert_nearest(codes: Tensor, values: Tensor, scales: Tensor, zeros: Tensor,
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("count", "outputs"), SIZES)
-def test_compensation_follows_its_definition(count: int, outputs: int, bits: int, capability: str) -> None:
-    values, _, scales, zeros, gram = channels(count, outputs, bits)
-    factors = torch.linalg.cholesky(gram, upper=True)
-    codes, found = torch.full_like(values, -1), values.clone()
-    search_ops.compensate_channels(found, codes, scales, zeros, factors, bits)
-    exact = values.double()
+@pytest.mark.parametrize(("count", "outputs", "groups"), SIZES)
+def test_compensation_follows_its_definition(count: int, outputs: int, groups: int, bits: int, capability: str) -> None:
+    values, _, scales, zeros, gram = channels(count, outputs, bits, groups)
+    factors = torch.linalg.cholesky(gram, upper=True) / 4
+    start = 0.1 * torch.randn_like(values)
+    codes, found, pulls = torch.full_like(values, -1), values.clone(), start.clone()
+    search_ops.compensate_channels(found, pulls, codes, scales, zeros, factors, bits)
+    exact, moved = values.double(), start.double()
     for channel in range(count):
-        code, scale, zero = (part[channel].double() for part in (codes, scales, zeros))
-        assert_nearest(code, exact[channel], scale, zero, bits)
-        exact[channel] = (exact[channel] - (code - zero) * scale) / factors[channel, channel].double()
-        exact[channel + 1 :] -= torch.outer(factors[channel, channel + 1 :].double(), exact[channel])
+        code = codes[channel].double()
+        scale, zero = (part[channel * groups // count].double() for part in (scales, zeros))
+        moved[channel] += exact[channel]
+        assert_nearest(code, moved[channel], scale, zero, bits)
+        for error in (exact, moved):
+            error[channel] -= (code - zero) * scale
+        moved[channel + 1 :] += torch.outer(factors[channel, channel + 1 :].double(), exact[channel])
     assert (found - exact).norm() < 1e-5 * values.norm()
+    assert (pulls - moved).norm() < 1e-5 * moved.norm()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("count", "outputs"), SIZES)
-def test_descent_follows_its_definition(count: int, outputs: int, bits: int, capability: str) -> None:
-    values, before, scales, zeros, gram = channels(count, outputs, bits)
-    exact = gram.double() @ ((before - zeros) * scales - values).double()
+@pytest.mark.parametrize(("count", "outputs", "groups"), SIZES)
+def test_descent_follows_its_definition(count: int, outputs: int, groups: int, bits: int, capability: str) -> None:
+    values, before, scales, zeros, gram = channels(count, outputs, bits, groups)
+    group_of = torch.arange(count) * groups // count
+    exact = gram.double() @ ((before - zeros[group_of]) * scales[group_of] - values).double()
     gradient, codes = exact.float(), before.clone()
     search_ops.descend_channels(gradient, codes, scales, zeros, gram, bits)
     for channel in range(count):
-        code, old, scale, zero = (part[channel].double() for part in (codes, before, scales, zeros))
+        code, old = (part[channel].double() for part in (codes, before))
+        scale, zero = (part[channel * groups // count].double() for part in (scales, zeros))
         wanted = (old - zero) * scale - exact[channel] / gram[channel, channel].double()
         assert_nearest(code, wanted, scale, zero, bits)
-        exact[channel + 1 :] += torch.outer(gram[channel, channel + 1 :].double(), (code - old) * scale)
+        exact += torch.outer(gram[channel].double(), (code - old) * scale)
+    assert (gradient - exact).norm() < 1e-5 * exact.norm() + 1e-4
+
+
+def test_a_descent_that_changes_few_codes(capability: str) -> None:
+    """As after compensated rounding, where most channels cost no more than a look."""
+    values, codes, scales, zeros, gram = channels(260, 50, 4, 2)
+    group_of = torch.arange(260) * 2 // 260
+    codes = (values / scales[group_of] + zeros[group_of]).round().clamp(0, 15)
+    changed = 1.0
+    while changed > 0.05:
+        gradient = gram @ ((codes - zeros[group_of]) * scales[group_of] - values)
+        before = codes.clone()
+        search_ops.descend_channels(gradient, codes, scales, zeros, gram, 4)
+        changed = float((codes != before).float().mean())
+    assert changed > 0
+    exact = gram.double() @ ((codes - zeros[group_of]) * scales[group_of] - values).double()
+    assert (gradient - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_channels_in_float64_are_torchs() -> None:
-    values, codes, scales, zeros, gram = (part.double() for part in channels(20, 10, 3))
+    values, codes, scales, zeros, gram = (part.double() for part in channels(20, 10, 3, 4))
     single = [part.float() for part in (values, codes, scales, zeros, gram)]
-    for operator in (search_ops.compensate_channels, search_ops.descend_channels):
-        for work in ((values, codes, scales, zeros, gram), single):
-            operator(*work, bits=3)
-        assert (codes != single[1]).float().mean() < 0.05
-        assert codes.dtype == torch.float64
+    for work in ((values, codes, scales, zeros, gram), single):
+        search_ops.compensate_channels(work[0], torch.zeros_like(work[0]), *work[1:], bits=3)
+        search_ops.descend_channels(*work, bits=3)
+    assert (codes != single[1]).float().mean() < 0.05
+    assert codes.dtype == torch.float64
 
 
 def test_values_far_from_the_grid_go_to_its_ends(capability: str) -> None:
     values = torch.tensor([1e30, -1e30, 1e8, -1e8, 0.0]).repeat(1, 4)
     codes, ones, zeros = torch.empty_like(values), torch.ones_like(values), torch.full_like(values, 3.0)
-    search_ops.compensate_channels(values, codes, ones, zeros, torch.ones(1, 1), 4)
+    search_ops.compensate_channels(values, torch.zeros_like(values), codes, ones, zeros, torch.ones(1, 1), 4)
     assert codes[0, :5].tolist() == [15, 0, 15, 0, 3]
 
 
 @needs_extension
 def test_channels_check_their_arguments() -> None:
-    values, codes, scales, zeros, gram = channels(8, 32, 4)
-    for operator in (search_ops.compensate_channels, search_ops.descend_channels):
+    values, codes, scales, zeros, gram = channels(8, 32, 4, 2)
+    compensate, descend = torch.ops.autoq.compensate_channels.default, torch.ops.autoq.descend_channels.default
+    for operator, first in ((compensate, (values, values.clone())), (descend, (values,))):
         with pytest.raises(RuntimeError, match=r"factors must be float32 \[8, 8\]"):
-            operator(values, codes, scales, zeros, gram[:4], 4)
+            operator(*first, codes, scales, zeros, gram[:4], 4)
         with pytest.raises(RuntimeError, match="contiguous float32 on the CPU, of one shape"):
-            operator(values, codes, scales[:, :16], zeros, gram, 4)
+            operator(*first, codes[:, :16], scales, zeros, gram, 4)
+        with pytest.raises(RuntimeError, match=r"\[groups, 32\], of groups that divide 8 channels"):
+            operator(*first, codes, scales, zeros[:, :16], gram, 4)
+        with pytest.raises(RuntimeError, match=r"of groups that divide 8 channels"):
+            operator(*first, codes, torch.ones(3, 32), torch.ones(3, 32), gram, 4)
         with pytest.raises(RuntimeError, match="bits is 9; it must be 2 to 8"):
-            operator(values, codes, scales, zeros, gram, 9)
-    for operator in (torch.ops.autoq.compensate_channels.default, torch.ops.autoq.descend_channels.default):
-        torch.library.opcheck(operator, (values, codes, scales, zeros, gram, 4))
+            operator(*first, codes, scales, zeros, gram, 9)
+        torch.library.opcheck(operator, (*first, codes, scales, zeros, gram, 4))
+    with pytest.raises(RuntimeError, match="values must be contiguous float32 on the CPU, shaped as the codes"):
+        compensate(values[:4], values, codes, scales, zeros, gram, 4)

@@ -3,6 +3,11 @@
 Weights are rounded one input channel after the other; the error of each is made up for, as far as the inputs'
 correlations allow, by those still to be rounded. The scales and zero points stay what the AWQ search made them, so the
 order of the channels is free: loud channels come first, while there is most left to compensate with.
+
+GPTQ works on the inverse of the Gram matrix `H`. Here it is Babai's nearest plane (Chen et al., 2025,
+arXiv:2507.18553), which gives the same codes: with `H = R R^T`, `R` upper triangular, a weight `W` rounded to `Q` errs
+by `|(W - Q) R|^2`, and each channel is rounded to make its own column of `(W - Q) R` small. That takes one
+factorization instead of two and an inversion, and ends with the gradient of the error at hand.
 """
 
 from __future__ import annotations
@@ -10,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq.quantization.search_ops import compensate_channels
+from autoq.quantization.search_ops import BLOCK, compensate_channels
 from autoq.quantization.weight import QuantizedWeight
 
 # Share of the mean diagonal added to the Gram matrix: it bounds how far weights move on directions seldom seen.
 DAMPING = 0.01
-# Channels rounded before the rest of the weight is updated, by one matrix product.
-BLOCK = 128
+# Channels whose gradient is made at a time: what is zero in the factor is left out but within so many.
+_PANEL = 1024
 
 
 class Compensator:
@@ -27,24 +32,37 @@ class Compensator:
 
     def __init__(self, gram: Tensor) -> None:
         diagonal = gram.diagonal()
-        self._order = torch.argsort(diagonal, descending=True, stable=True)
-        gram = gram[self._order][:, self._order]
         # Only ratios matter; the largest entry becomes one, so that nothing over- or underflows.
-        gram = gram / gram.diagonal().max().clamp(min=torch.finfo(gram.dtype).tiny)
-        damping = max(DAMPING * float(gram.diagonal().mean()), torch.finfo(gram.dtype).eps)
+        self._largest = diagonal.max().clamp(min=torch.finfo(gram.dtype).tiny)
+        self._order = torch.argsort(diagonal, descending=True, stable=True)
+        backwards = self._order.flip(0)
+        self._damping = 0.0
+        ordered = gram[backwards][:, backwards].div_(self._largest)
+        damping = max(DAMPING * float(ordered.diagonal().mean()), torch.finfo(gram.dtype).eps)
         # Correlations so strong that fp32 cannot factor the matrix need more damping. It ends: once the damping exceeds
         # the number of channels, the matrix is dominated by its diagonal.
         failed = torch.ones(())
         while failed:
-            gram.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(gram)
-            if not failed:
-                # Row j: how the channels behind j make up for an error of one in channel j, scaled by its diagonal.
-                self._update, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            ordered.diagonal().add_(damping)
+            self._damping += damping
+            factor, failed = torch.linalg.cholesky_ex(ordered)
             damping *= 10
+        del ordered
+        # Of the channels in their order: `R` with its columns over its diagonal, and the squares of that.
+        self._factor = factor.flip(0, 1)
+        del factor
+        diagonal = self._factor.diagonal().clone()
+        self._factor.div_(diagonal)
+        self._energy = diagonal.square_().unsqueeze(1)
 
-    def round(self, weight: Tensor, grid: QuantizedWeight) -> QuantizedWeight:
-        """Codes for a weight on a grid.
+    def damped(self, gram: Tensor) -> Tensor:
+        """The Gram matrix as it is used here, a copy: its largest entry one, and damped."""
+        gram = gram / self._largest
+        gram.diagonal().add_(self._damping)
+        return gram
+
+    def round(self, weight: Tensor, grid: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
+        """Codes for a weight on a grid, and what `gradient` makes something of.
 
         weight: fp32 `[out, in]`.
         grid: its scales and zero points; the codes it holds are replaced.
@@ -53,12 +71,23 @@ class Compensator:
         scales, zeros = (part.T.float().contiguous() for part in (grid.scales, grid.explicit_zeros()))
         # One row for each input channel, so that every step works on contiguous memory.
         values = weight.T.contiguous()[self._order]
-        codes = torch.empty_like(values)
+        pulls, codes = torch.zeros_like(values), torch.empty_like(values)
         for start in range(0, len(values), BLOCK):
             block = slice(start, min(start + BLOCK, len(values)))
-            scale, zero, update = scales[group_of[block]], zeros[group_of[block]], self._update[block, block]
-            compensate_channels(values[block], codes[block], scale, zero, update, grid.bits)  # leaves the errors
-            values[block.stop :].addmm_(self._update[block, block.stop :].T, values[block], alpha=-1)
+            scale, zero, factor = scales[group_of[block]], zeros[group_of[block]], self._factor[block, block]
+            compensate_channels(values[block], pulls[block], codes[block], scale, zero, factor, grid.bits)
+            pulls[block.stop :].addmm_(self._factor[block, block.stop :].T, values[block])
         natural = torch.empty_like(codes)
         natural[self._order] = codes
-        return grid._replace(codes=natural.T.to(torch.uint8).contiguous())
+        return grid._replace(codes=natural.T.to(torch.uint8).contiguous()), pulls
+
+    def gradient(self, rest: Tensor) -> Tensor:
+        """Half of the error's gradient for a rounded weight, `H D` with the damped `H`, fp32 `[in, out]`.
+
+        rest: what `round` gave; spent.
+        """
+        rest.mul_(self._energy).neg_()
+        found = torch.empty_like(rest)
+        for start in range(0, len(rest), _PANEL):
+            found[self._order[start : start + _PANEL]] = self._factor[start : start + _PANEL, start:] @ rest[start:]
+        return found

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from autoq.quantization.awq import GroupErrors, diagonal_blocks, row_chunks
-from autoq.quantization.compensation import BLOCK, DAMPING
 from autoq.quantization.search_ops import descend_channels
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
@@ -89,42 +88,37 @@ def _better(best: Ranges, smallest: Tensor, tried: Ranges, error: Tensor) -> tup
     return ranges, torch.where(better, error, smallest)
 
 
-def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
+def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, gradient: Tensor | None = None) -> QuantizedWeight:
     """Codes and scales with a smaller error `tr(D H D^T)`, by turns of `descend` and `refit_scales`.
 
-    weight: fp32 `[out, in]`; gram: fp32 `[in, in]` of its inputs.
+    weight: fp32 `[out, in]`; gram: fp32 `[in, in]` of its inputs, its diagonal positive and of a size near one.
     quantized: what to start from; its zero points stay.
+    gradient: as of `descend`.
     """
-    largest = gram.diagonal().max()
-    if not largest > 0:
-        return quantized  # no input was ever active: nothing tells one code from another
-    gram = gram / largest  # only ratios matter: nothing over- or underflows
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
     for _ in range(_ROUNDS):
-        quantized, gradient = descend(weight, gram, quantized)
-        quantized = refit_scales(gradient, gram, quantized)
+        quantized, gradient = descend(weight, gram, quantized, gradient)
+        quantized = refit_scales(gradient.T, gram, quantized)
+        gradient = None
     return quantized
 
 
-def descend(weight: Tensor, gram: Tensor, quantized: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
+def descend(
+    weight: Tensor, gram: Tensor, quantized: QuantizedWeight, gradient: Tensor | None = None
+) -> tuple[QuantizedWeight, Tensor]:
     """One pass over the codes, each set to the best of its values while all others of its row stay.
 
-    weight: fp32 `[out, in]`; gram: fp32 `[in, in]`, its diagonal positive. The error does not grow. Half of its
-    gradient, `D H` for what is returned, comes with it.
+    weight: fp32 `[out, in]`; gram: fp32 `[in, in]`, its diagonal positive. The error does not grow.
+    gradient: half of the error's, `H D^T`, fp32 `[in, out]`, if it is known; becomes that of what is returned, which
+        comes with it.
     """
-    group_of = torch.arange(weight.shape[1], device=weight.device) // quantized.group_size
+    if gradient is None:
+        gradient = gram @ (dequantize(quantized, weight.dtype) - weight).T
     # One row for each input channel, so that every step works on contiguous memory.
     scales = quantized.scales.T.to(weight.dtype).contiguous()
     zeros = quantized.explicit_zeros().T.to(weight.dtype).contiguous()
     codes = quantized.codes.T.to(weight.dtype).contiguous()
-    gradient = gram @ (dequantize(quantized, weight.dtype) - weight).T
-    for start in range(0, len(codes), BLOCK):
-        block = slice(start, min(start + BLOCK, len(codes)))
-        before, scale = codes[block].clone(), scales[group_of[block]]
-        inside, zero = gradient[block].clone(), zeros[group_of[block]]
-        descend_channels(inside, codes[block], scale, zero, gram[block, block], quantized.bits)
-        gradient.addmm_(gram[:, block], (codes[block] - before) * scale)
-    return quantized._replace(codes=codes.T.to(torch.uint8).contiguous()), gradient.T
+    descend_channels(gradient, codes, scales, zeros, gram, quantized.bits)
+    return quantized._replace(codes=codes.T.to(torch.uint8).contiguous()), gradient
 
 
 def refit_scales(gradient: Tensor, gram: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:

@@ -295,9 +295,11 @@ def round_linear(
         raise QuantizationError(f"{item.name}: {error}") from None
     del clipped
     if inputs.compensator is not None:
-        quantized = inputs.compensator.round(weight, quantized)
+        quantized, rest = inputs.compensator.round(weight, quantized)
         if config.effort != "fast":
-            quantized = refinement.refine(weight, inputs.gram, quantized)
+            gradient = inputs.compensator.gradient(rest)
+            del rest
+            quantized = refinement.refine(weight, inputs.compensator.damped(inputs.gram), quantized, gradient)
     return quantized, share
 
 

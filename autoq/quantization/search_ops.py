@@ -14,14 +14,16 @@ from autoq.quantization.weight import fake_quantize, nearest_codes
 
 # Beyond this the Gram matrix of a group does not stay in a cache beside its weights, and torch multiplies faster.
 _LARGEST_NATIVE_GROUP = 256
+# Channels that are rounded before the rest of the weight is told, by one matrix product.
+BLOCK = 128
 
 _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define(
     "group_errors(Tensor weights, Tensor low, Tensor high, Tensor gram, int bits, bool zero_point) -> Tensor"
 )
 _library.define(
-    "compensate_channels(Tensor(a!) values, Tensor(b!) codes, Tensor scales, Tensor zeros, Tensor factors, int bits) "
-    "-> ()"
+    "compensate_channels(Tensor(a!) values, Tensor(b!) pulls, Tensor(c!) codes, Tensor scales, Tensor zeros, "
+    "Tensor factors, int bits) -> ()"
 )
 _library.define(
     "descend_channels(Tensor(a!) gradient, Tensor(b!) codes, Tensor scales, Tensor zeros, Tensor gram, int bits) -> ()"
@@ -42,31 +44,48 @@ def _fake_group_errors(weights: Tensor, low: Tensor, high: Tensor, gram: Tensor,
 
 
 def _reference_compensate(
-    values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
+    values: Tensor, pulls: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
 ) -> None:
-    for channel, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
-        code = nearest_codes(values[channel], scale, zero, bits)
-        values[channel] = (values[channel] - (code - zero) * scale) / factors[channel, channel]
-        values[channel + 1 :].addr_(factors[channel, channel + 1 :], values[channel], alpha=-1)
+    size = len(values) // len(scales)
+    for channel, (value, pull) in enumerate(zip(values, pulls, strict=True)):
+        scale, zero = scales[channel // size], zeros[channel // size]
+        code = nearest_codes(value + pull, scale, zero, bits)
+        rounded = (code - zero) * scale
+        pull += value - rounded
+        value -= rounded
+        pulls[channel + 1 :].addr_(factors[channel, channel + 1 :], value)
         codes[channel] = code
+
+
+def _fake_compensate(
+    values: Tensor, pulls: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
+) -> None:
+    """Works in place."""
 
 
 def _reference_descend(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
-    for channel, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
-        wanted = (codes[channel] - zero) * scale - gradient[channel] / gram[channel, channel]
-        code = nearest_codes(wanted, scale, zero, bits)
-        gradient[channel + 1 :].addr_(gram[channel, channel + 1 :], (code - codes[channel]) * scale)
-        codes[channel] = code
+    size = len(gradient) // len(scales)
+    for start in range(0, len(gradient), BLOCK):
+        block = slice(start, min(start + BLOCK, len(gradient)))
+        within, steps = gradient[block].clone(), torch.empty_like(gradient[block])
+        for channel in range(start, block.stop):
+            scale, zero = scales[channel // size], zeros[channel // size]
+            wanted = (codes[channel] - zero) * scale - within[channel - start] / gram[channel, channel]
+            code = nearest_codes(wanted, scale, zero, bits)
+            steps[channel - start] = (code - codes[channel]) * scale
+            within.addr_(gram[block, channel], steps[channel - start])
+            codes[channel] = code
+        gradient.addmm_(gram[:, block], steps)
 
 
-def _fake_channels(values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int) -> None:
-    """Of both operators that work in place."""
+def _fake_descend(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
+    """Works in place."""
 
 
 for _name, _reference, _fake in (
     ("group_errors", _reference_group_errors, _fake_group_errors),
-    ("compensate_channels", _reference_compensate, _fake_channels),
-    ("descend_channels", _reference_descend, _fake_channels),
+    ("compensate_channels", _reference_compensate, _fake_compensate),
+    ("descend_channels", _reference_descend, _fake_descend),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"autoq::{_name}", _fake, lib=_library)
@@ -93,17 +112,17 @@ def group_errors(weights: Tensor, low: Tensor, high: Tensor, gram: Tensor, bits:
 
 
 def compensate_channels(
-    values: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
+    values: Tensor, pulls: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor, bits: int
 ) -> None:
-    """Rounds channels one after the other, each error made up for by the channels behind it (GPTQ's inner loop).
+    """Rounds channels one after the other, each pulled to where it makes up for the errors of those before it.
 
-    values: fp32 or fp64 `[channels, out]`, contiguous, what the channels should be; become their errors, each over its
-        channel's diagonal factor.
+    values: fp32 or fp64 `[channels, out]`, contiguous, the weights; become their errors, what is left after rounding.
+    pulls: its shape and dtype, by how much the values move first; becomes the errors of the values that were moved.
     codes: its shape and dtype; receives the codes.
-    scales, zeros: of each value, its shape and dtype.
-    factors: `[channels, channels]`; how the channels behind make up for an error that is divided by the diagonal.
+    scales, zeros: `[groups, out]`, of equal groups of the channels.
+    factors: `[channels, channels]`; row `i` says by how much an error of one in channel `i` pulls each channel behind.
     """
-    arguments = values, codes, scales, zeros, factors, bits
+    arguments = values, pulls, codes, scales, zeros, factors, bits
     if values.dtype != torch.float32:
         _reference_compensate(*arguments)
     else:
@@ -113,10 +132,10 @@ def compensate_channels(
 def descend_channels(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
     """Sets the codes of channels one after the other, each to the best of its values while the others stay.
 
-    gradient: fp32 or fp64 `[channels, out]`, contiguous, half of the error's gradient, `H D`; written over.
+    gradient: fp32 or fp64 `[channels, out]`, contiguous, half of the error's gradient, `H D`; kept up with the codes.
     codes: its shape and dtype; changed.
-    scales, zeros: of each code, its shape and dtype.
-    gram: `H` of these channels, `[channels, channels]`, its diagonal positive.
+    scales, zeros: `[groups, out]`, of equal groups of the channels.
+    gram: `H`, symmetric `[channels, channels]`, its diagonal positive.
     """
     arguments = gradient, codes, scales, zeros, gram, bits
     if gradient.dtype != torch.float32:

@@ -107,8 +107,8 @@ def nearest_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight `(q - z) * s` as `[out, in]`, computed in fp32 (fp64 when asked for) and rounded once to `dtype`."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    groups = weight.codes.reshape(*weight.scales.shape, weight.group_size).to(compute)
-    groups = (groups - weight.explicit_zeros().unsqueeze(2)) * weight.scales.unsqueeze(2).to(compute)
+    groups = weight.codes.reshape(*weight.scales.shape, weight.group_size).to(compute, copy=True)
+    groups.sub_(weight.explicit_zeros().unsqueeze(2)).mul_(weight.scales.unsqueeze(2).to(compute))
     return groups.reshape(weight.codes.shape).to(dtype)
 
 

@@ -21,12 +21,14 @@ struct GroupErrors {
 // Channels of a weight that are rounded one after the other, each in view of what the ones before it did to it. All
 // outputs are independent.
 struct Channels {
-    float* values;  // [channels, outputs], as `codes`, `scales` and `zeros`
+    float* values;  // [channels, outputs], as `pulls` and `codes`; null for a descent
+    float* pulls;   // what moves the values: by how much, or, of a descent, the error's gradient
     float* codes;
-    const float* scales;
+    const float* scales;  // [groups, outputs], as `zeros`
     const float* zeros;
-    const float* factors;  // [channels, channels], of which the diagonal and what is above it is read
+    const float* factors;  // [channels, channels]
     int64_t channels, outputs;
+    int64_t group_size;  // channels in a group
     int bits;
 };
 

@@ -91,74 +91,84 @@ void test_group_errors(const SearchKernels& kernels, const std::string& name, in
 // ---- channels, one after the other ----------------------------------------------------------------------------------
 
 struct Case {
-    int64_t channels, outputs;
+    int64_t channels, outputs, groups;
     int bits;
     std::vector<float> scales, zeros, codes, factors;
 
-    Case(int64_t channels_, int64_t outputs_, int bits_) : channels(channels_), outputs(outputs_), bits(bits_) {
-        for (int64_t i = 0; i < channels * outputs; ++i) {
+    Case(int64_t channels_, int64_t outputs_, int64_t groups_, int bits_)
+        : channels(channels_), outputs(outputs_), groups(groups_), bits(bits_) {
+        for (int64_t i = 0; i < channels * outputs; ++i) codes.push_back(static_cast<float>(integer(1 << bits)));
+        for (int64_t i = 0; i < groups * outputs; ++i) {
             scales.push_back(uniform(0.1f, 0.3f));
             zeros.push_back(static_cast<float>(integer(1 << bits)));
-            codes.push_back(static_cast<float>(integer(1 << bits)));
         }
         factors = gram_of(channels);
         for (float& factor : factors) factor /= static_cast<float>(2 * channels);
     }
 
+    Channels work(Array* values, Array& pulls, Array& written) const {
+        return {values == nullptr ? nullptr : static_cast<float*>(values->data()),
+                static_cast<float*>(pulls.data()),
+                static_cast<float*>(written.data()),
+                scales.data(),
+                zeros.data(),
+                factors.data(),
+                channels,
+                outputs,
+                channels / groups,
+                bits};
+    }
+
+    double scale(int64_t channel, int64_t output) const { return of_group(scales, channel, output); }
+    double zero(int64_t channel, int64_t output) const { return of_group(zeros, channel, output); }
+
     // Follows the kernel in float64, code by code: each must be the nearest, but for rounding.
-    void check_code(double value, int64_t index, double code, const std::string& what) const {
-        const double scale = scales[static_cast<size_t>(index)], zero = zeros[static_cast<size_t>(index)];
+    void check_code(double value, int64_t channel, int64_t output, double code, const std::string& what) const {
         const double last = (1 << bits) - 1;
-        const double wanted = std::min(std::max(value / scale + zero, 0.0), last);
+        const double wanted = std::min(std::max(value / scale(channel, output) + zero(channel, output), 0.0), last);
         check(code == std::nearbyint(code) && code >= 0.0 && code <= last, what + ": a code is none");
         check_near(code, wanted, 0.501, what + ": a code");
     }
+
+  private:
+    double of_group(const std::vector<float>& values, int64_t channel, int64_t output) const {
+        return values[static_cast<size_t>(channel / (channels / groups) * outputs + output)];
+    }
 };
 
-void test_compensation(const SearchKernels& kernels, const std::string& name, Case work) {
+void test_compensation(const SearchKernels& kernels, const std::string& name, const Case& work) {
     const Array start = Array::random(Float::kFloat32, work.channels * work.outputs);
-    Array values = start, codes(Float::kFloat32, values.count());
-    const Channels channels{static_cast<float*>(values.data()),
-                            static_cast<float*>(codes.data()),
-                            work.scales.data(),
-                            work.zeros.data(),
-                            work.factors.data(),
-                            work.channels,
-                            work.outputs,
-                            work.bits};
+    const Array pulled = Array::random(Float::kFloat32, start.count(), 0.1f);
+    Array values = start, pulls = pulled, codes(Float::kFloat32, start.count());
+    const Channels channels = work.work(&values, pulls, codes);
     kernels.compensate(channels, 0, 16);
     kernels.compensate(channels, 16, work.outputs);
-    std::vector<double> exact = values_of(start);
+    std::vector<double> exact = values_of(start), moved = values_of(pulled);
     for (int64_t channel = 0; channel < work.channels; ++channel) {
         const float* factors = &work.factors[static_cast<size_t>(channel * work.channels)];
         for (int64_t output = 0; output < work.outputs; ++output) {
-            const int64_t index = channel * work.outputs + output;
-            double& value = exact[static_cast<size_t>(index)];
-            work.check_code(value, index, codes[index], name + " compensation");
-            const double grid =
-                (codes[index] - work.zeros[static_cast<size_t>(index)]) * work.scales[static_cast<size_t>(index)];
-            value = (value - grid) / factors[channel];
+            const auto index = static_cast<size_t>(channel * work.outputs + output);
+            const double code = codes[static_cast<int64_t>(index)];
+            moved[index] += exact[index];
+            work.check_code(moved[index], channel, output, code, name + " compensation");
+            const double grid = (code - work.zero(channel, output)) * work.scale(channel, output);
+            exact[index] -= grid;
+            moved[index] -= grid;
             for (int64_t behind = channel + 1; behind < work.channels; ++behind) {
-                exact[static_cast<size_t>(behind * work.outputs + output)] -= factors[behind] * value;
+                moved[static_cast<size_t>(behind * work.outputs + output)] += factors[behind] * exact[index];
             }
         }
     }
     check_close(values, exact, 1e-5, name + " compensation's errors");
+    check_close(pulls, moved, 1e-5, name + " compensation's errors of what was moved");
     check(codes.is_guarded(), name + " compensation: it wrote behind the codes");
 }
 
-void test_descent(const SearchKernels& kernels, const std::string& name, Case work) {
+void test_descent(const SearchKernels& kernels, const std::string& name, const Case& work) {
     const Array start = Array::random(Float::kFloat32, work.channels * work.outputs, 0.2f);
     Array gradient = start, codes(Float::kFloat32, gradient.count());
     for (int64_t i = 0; i < codes.count(); ++i) codes.set(i, work.codes[static_cast<size_t>(i)]);
-    const Channels channels{static_cast<float*>(gradient.data()),
-                            static_cast<float*>(codes.data()),
-                            work.scales.data(),
-                            work.zeros.data(),
-                            work.factors.data(),
-                            work.channels,
-                            work.outputs,
-                            work.bits};
+    const Channels channels = work.work(nullptr, gradient, codes);
     kernels.descend(channels, 0, 16);
     kernels.descend(channels, 16, work.outputs);
     std::vector<double> exact = values_of(start);
@@ -166,15 +176,16 @@ void test_descent(const SearchKernels& kernels, const std::string& name, Case wo
         const float* factors = &work.factors[static_cast<size_t>(channel * work.channels)];
         for (int64_t output = 0; output < work.outputs; ++output) {
             const auto index = static_cast<size_t>(channel * work.outputs + output);
-            const double before = work.codes[index], scale = work.scales[index];
-            const double wanted = (before - work.zeros[index]) * scale - exact[index] / factors[channel];
+            const double before = work.codes[index], scale = work.scale(channel, output);
+            const double wanted = (before - work.zero(channel, output)) * scale - exact[index] / factors[channel];
             const double code = codes[static_cast<int64_t>(index)];
-            work.check_code(wanted, static_cast<int64_t>(index), code, name + " descent");
-            for (int64_t behind = channel + 1; behind < work.channels; ++behind) {
-                exact[static_cast<size_t>(behind * work.outputs + output)] += factors[behind] * (code - before) * scale;
+            work.check_code(wanted, channel, output, code, name + " descent");
+            for (int64_t other = 0; other < work.channels; ++other) {
+                exact[static_cast<size_t>(other * work.outputs + output)] += factors[other] * (code - before) * scale;
             }
         }
     }
+    check_close(gradient, exact, 1e-5, name + " descent's gradient");
     check(codes.is_guarded() && gradient.is_guarded(), name + " descent: it wrote behind its results");
 }
 
@@ -188,9 +199,10 @@ void test_search() {
             test_group_errors(search, name, size, 3, true);
             test_group_errors(search, name, size, 4, false);
         }
-        for (const auto& [channels, outputs, bits] : {std::tuple{1, 17, 2}, {24, 32, 4}, {33, 61, 8}}) {
-            test_compensation(search, name, Case(channels, outputs, bits));
-            test_descent(search, name, Case(channels, outputs, bits));
+        for (const auto& [channels, outputs, groups, bits] :
+             {std::tuple{1, 17, 1, 2}, {24, 32, 3, 4}, {33, 61, 11, 8}, {150, 18, 2, 4}}) {
+            test_compensation(search, name, Case(channels, outputs, groups, bits));
+            test_descent(search, name, Case(channels, outputs, groups, bits));
         }
     }
 }
