@@ -28,9 +28,9 @@ _SMALLEST_MAGNITUDE = 1e-4
 
 # Rows that choose the finalists among the candidate scales, how many those are, and the rows that decide among them:
 # a taller weight's choice does not change with the rows left out, but takes several times as long.
-_SCREENED_ROWS = 512
-_FINALISTS = 3
-_DECIDING_ROWS = 2048
+SCREENED_ROWS = 512
+FINALISTS = 3
+DECIDING_ROWS = 2048
 
 # Columns of the Gram matrix multiplied at once, so that symmetry spares almost half of the work.
 _PANEL = 512
@@ -122,10 +122,10 @@ def search_scale(parts: Sequence[tuple[Tensor, FakeQuantize]], gram: Tensor, can
         return errors
 
     finalists: Sequence[int] = range(len(candidates))
-    if rows >= 2 * _SCREENED_ROWS:
-        errors = errors_of(_SCREENED_ROWS, finalists)
-        finalists = sorted(sorted(errors, key=errors.__getitem__)[:_FINALISTS])
-    errors = errors_of(_DECIDING_ROWS, finalists)
+    if rows >= 2 * SCREENED_ROWS:
+        errors = errors_of(SCREENED_ROWS, finalists)
+        finalists = sorted(sorted(errors, key=errors.__getitem__)[:FINALISTS])
+    errors = errors_of(DECIDING_ROWS, finalists)
     return candidates[min(errors, key=errors.__getitem__)]
 
 

@@ -22,8 +22,10 @@ from autoq.config import LM_HEAD
 from autoq.errors import ConfigError
 from autoq.nn.spread import is_offloaded
 from autoq.placement import megabytes, parts_of
+from autoq.quantization import awq, refinement
 from autoq.quantization.activations import leaders_of
 from autoq.quantization.plan import Plan
+from autoq.quantization.search import REPORTED_ROWS
 from autoq.quantization.streams import HELD_OUT_BATCH_TOKENS
 from autoq.quantization.tuning import STEPS
 
@@ -35,9 +37,11 @@ _WEIGHT_COPIES = 7
 # Copies of all weights of a block while it is tuned: the weight, what is learned and its two moments, gradients, and
 # the weight as it is rounded on the way.
 _TUNING_COPIES = 9
-# Operations for each weight and column of the Gram matrix: of the search, the rounding and the report, and of refining.
-_OPERATIONS = 5
-_REFINING_OPERATIONS = 10
+# Rows that are multiplied with a Gram matrix to find a scale, by half of it: it is symmetric. And for the report.
+_SEARCHED_ROWS = (len(awq.SCALE_GRID) + 1) * awq.SCREENED_ROWS + awq.FINALISTS * awq.DECIDING_ROWS
+_REPORTED_ROWS = 3 * REPORTED_ROWS
+# Factoring a matrix is slower than multiplying matrices, by about this.
+_FACTORING = 2
 # Beside matrix products: rounding, clipping, reading, writing.
 _OTHER_TIME = 1.7
 
@@ -114,11 +118,9 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     batch = min(tokens, max(plan.batch_tokens, load.longest)) * (
         max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize
     )
-    factoring = 4 * _GRAM_COPIES * max(leaders) ** 2
-    rounding = 4 * (_WEIGHT_COPIES * max(weights) + 2 * max(leaders) ** 2)
-    searching = 4 * sum(weights) + grams + max(factoring, rounding)
+    searching = _searching_memory(largest, plan)
     if plan.tunes:
-        searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + grams + 4 * batch)
+        searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + 2 * grams + 4 * batch)
     logits = (
         2
         * min(held_out_tokens, max(HELD_OUT_BATCH_TOKENS, load.longest))
@@ -158,17 +160,46 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     return Estimate(memory, disk + statistics, _seconds(model, blocks, plan, load), hidden, statistics)
 
 
+def _searching_memory(block: nn.Module, plan: Plan) -> int:
+    """Bytes beside a block while it is searched, all in fp32: what is still to be rounded, and the largest step."""
+    linears = dict(named_linears(block))
+    together: dict[str, list[nn.Linear]] = {}
+    for leaf, leader in leaders_of(block, plan).items():
+        together.setdefault(leader, []).append(linears[leaf])
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    grams = sum(linears[leader].in_features ** 2 for leader in together)
+    most = rounded = 0
+    for same in together.values():
+        gram = same[0].in_features ** 2
+        step = max(_GRAM_COPIES * gram, 2 * gram + _WEIGHT_COPIES * max(linear.weight.numel() for linear in same))
+        most = max(most, weights + grams + rounded + step)
+        if plan.tunes:
+            rounded += gram  # factored, for the report
+        else:
+            weights, grams = weights - sum(linear.weight.numel() for linear in same), grams - gram
+    return 4 * most
+
+
 def _seconds(model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, load: Load) -> float:
+    """Counts operations as docs/cost.md does."""
     forward = sums = search = 0.0
     tokens = load.tokens
-    operations = _OPERATIONS + (0 if plan.config.effort == "fast" else _REFINING_OPERATIONS)
-    for block in blocks:
+    refines = plan.config.effort != "fast"
+    tries = len(awq.CLIP_GRID) + (refinement.RANGE_TRIES if refines else 0)
+    # In columns of the Gram matrix: of compensated rounding, and of a gradient, or two, and the scales of each round.
+    columns = 1 + (3 * refinement.ROUNDS - 1 if refines else 0)
+    for index, block in enumerate(blocks):
         widths = {leaf: linear.in_features for leaf, linear in named_linears(block)}
         forward += 2 * _linear_weights(block) * (tokens + 2 * load.held_out_tokens)
         for leader in set(leaders_of(block, plan).values()):
-            sums += widths[leader] ** 2 * tokens
-            search += 3 * widths[leader] ** 3
-        search += sum(operations * linear.weight.numel() * linear.in_features for _, linear in named_linears(block))
+            width = widths[leader]
+            sums += width**2 * tokens
+            search += _SEARCHED_ROWS * width**2 + _FACTORING * width**3 / 3
+        for leaf, width in widths.items():
+            spec = plan.specs.get(f"{plan.block_name(index)}.{leaf}")
+            if spec is not None:
+                search += spec.out_features * width * (columns * width + 2 * tries * spec.group_size)
+                search += _REPORTED_ROWS * width**2
     if plan.tunes:  # three passes in fp32 for each step, and those between quantized blocks
         weights = sum(_linear_weights(block) for block in blocks)
         sums += weights * (6 * STEPS * min(tokens, plan.batch_tokens) + 2 * tokens)

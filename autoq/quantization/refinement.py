@@ -22,10 +22,13 @@ from autoq.quantization.weight import QuantizedWeight, dequantize
 
 # Where an end of the range is tried, as shares of where it is.
 RANGE_GRID = (0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
+_ENDS = ("low", "high", "low", "high")
+# Ranges that are tried for each group: where it starts, shrunk, and with each end moved.
+RANGE_TRIES = 1 + sum(share < 1 for share in RANGE_GRID) + len(_ENDS) * len(RANGE_GRID)
 
 # Rounds of a descent and a refit. The first lowers the error by 3 or 4 hundredths, the second by 1 or 2, later ones by
 # less than one each.
-_ROUNDS = 2
+ROUNDS = 2
 
 
 class Ranges(NamedTuple):
@@ -73,7 +76,7 @@ def _search_rows(
     both = [Ranges(whole.low * share, whole.high * share) for share in grid if share < 1]
     for tried in both:
         best, smallest = _better(best, smallest, tried, error(tried))
-    for end in ("low", "high", "low", "high"):
+    for end in _ENDS:
         start = best
         for share in grid:
             tried = start._replace(**{end: getattr(start, end) * share})
@@ -95,7 +98,7 @@ def refine(weight: Tensor, gram: Tensor, quantized: QuantizedWeight, gradient: T
     quantized: what to start from; its zero points stay.
     gradient: as of `descend`.
     """
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         quantized, gradient = descend(weight, gram, quantized, gradient)
         quantized = refit_scales(gradient.T, gram, quantized)
         gradient = None

@@ -30,7 +30,7 @@ from autoq.quantization.weight import QuantizedWeight, dequantize, quantize
 _FOLDING_TOLERANCE = 1e-3
 _FOLDING_ROUNDINGS = 8
 # Rows of a weight that the errors in the report are measured on; drawn at random where there are more.
-_REPORTED_ROWS = 2048
+REPORTED_ROWS = 2048
 
 
 @dataclass
@@ -329,7 +329,7 @@ def report_of(
 
 def _errors(item: LinearWork, quantized: QuantizedWeight, inputs: ScaledInputs, plan: Plan) -> tuple[float, float]:
     """The shares of the output `|W X|^2` that rounding to nearest and the quantized weight err by, on some rows."""
-    rows = awq.drawn_rows(item.original, _REPORTED_ROWS)
+    rows = awq.drawn_rows(item.original, REPORTED_ROWS)
     row_scale = item.row_scale[rows].unsqueeze(1)
     codes, scales, zeros, bits = quantized
     drawn = QuantizedWeight(codes[rows], scales[rows], None if zeros is None else zeros[rows], bits)
