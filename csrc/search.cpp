@@ -58,35 +58,35 @@ Tensor group_errors(const Tensor& weights_, const Tensor& low_, const Tensor& hi
 
 // ---- channels, one after the other ----------------------------------------------------------------------------------
 
-// The arguments that both operators have in common; `pulls` and `codes` are written. `factors` must be contiguous.
-cpu::Channels channels_of(const char* name, const Tensor& pulls, const Tensor& codes, const Tensor& scales,
-                          const Tensor& zeros, const Tensor& factors, int64_t bits) {
-    const auto fits = [&](const Tensor& tensor, int64_t rows) {
-        return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 &&
-               tensor.is_contiguous() && tensor.size(0) == rows && tensor.size(1) == pulls.size(1);
-    };
-    STD_TORCH_CHECK(pulls.dim() == 2 && scales.dim() == 2, "autoq::", name,
-                    ": what is given of each channel must have two dimensions, channels and outputs");
-    const int64_t channels = pulls.size(0), groups = scales.size(0);
-    STD_TORCH_CHECK(fits(pulls, channels) && fits(codes, channels), "autoq::", name,
-                    ": what is given of each channel must be contiguous float32 on the CPU, of one shape");
-    STD_TORCH_CHECK(fits(scales, groups) && fits(zeros, groups) && groups > 0 && channels % groups == 0,
-                    "autoq::", name, ": scales and zeros must be contiguous float32 on the CPU, [groups, ",
-                    pulls.size(1), "], of groups that divide ", channels, " channels");
-    STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.dim() == 2 &&
-                        factors.size(0) == channels && factors.size(1) == channels,
-                    "autoq::", name, ": factors must be float32 [", channels, ", ", channels, "] on the CPU");
+void check_channels(const char* name, const char* argument, const Tensor& tensor, int64_t rows, int64_t outputs) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 &&
+                        tensor.is_contiguous() && tensor.size(0) == rows && tensor.size(1) == outputs,
+                    "autoq::", name, ": ", argument, " must be contiguous float32 [", rows, ", ", outputs,
+                    "] on the CPU");
+}
+
+// The arguments that both operators have in common. `factors` must be contiguous.
+cpu::Channels channels_of(const char* name, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                          const Tensor& factors, int64_t bits) {
+    STD_TORCH_CHECK(codes.dim() == 2, "autoq::", name, ": codes must have two dimensions, channels and outputs");
+    STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) > 0 && codes.size(0) % scales.size(0) == 0, "autoq::", name,
+                    ": scales must have two dimensions, outputs and groups that divide ", codes.size(0), " channels");
+    const int64_t channels = codes.size(0), outputs = codes.size(1), groups = scales.size(0);
+    check_channels(name, "codes", codes, channels, outputs);
+    check_channels(name, "scales", scales, groups, outputs);
+    check_channels(name, "zeros", zeros, groups, outputs);
+    check_channels(name, "factors", factors, channels, channels);
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "autoq::", name, ": bits is ", bits, "; it must be 2 to 8");
-    return {nullptr,
-            static_cast<float*>(pulls.data_ptr()),
-            static_cast<float*>(codes.data_ptr()),
-            static_cast<const float*>(scales.data_ptr()),
-            static_cast<const float*>(zeros.data_ptr()),
-            static_cast<const float*>(factors.data_ptr()),
-            channels,
-            pulls.size(1),
-            channels / groups,
-            static_cast<int>(bits)};
+    cpu::Channels work{};
+    work.codes = static_cast<float*>(codes.data_ptr());
+    work.scales = static_cast<const float*>(scales.data_ptr());
+    work.zeros = static_cast<const float*>(zeros.data_ptr());
+    work.factors = static_cast<const float*>(factors.data_ptr());
+    work.channels = channels;
+    work.outputs = outputs;
+    work.group_size = channels / groups;
+    work.bits = static_cast<int>(bits);
+    return work;
 }
 
 void for_outputs(const cpu::Channels& work, void (*kernel)(const cpu::Channels&, int64_t, int64_t)) {
@@ -98,20 +98,24 @@ void for_outputs(const cpu::Channels& work, void (*kernel)(const cpu::Channels&,
 
 void compensate_channels(Tensor values, Tensor pulls, Tensor codes, const Tensor& scales, const Tensor& zeros,
                          const Tensor& factors_, int64_t bits) {
+    const char* name = "compensate_channels";
     const Tensor factors = make_contiguous(factors_);
-    cpu::Channels work = channels_of("compensate_channels", pulls, codes, scales, zeros, factors, bits);
-    STD_TORCH_CHECK(values.is_cpu() && values.scalar_type() == ScalarType::Float && values.dim() == 2 &&
-                        values.is_contiguous() && values.size(0) == work.channels && values.size(1) == work.outputs,
-                    "autoq::compensate_channels: values must be contiguous float32 on the CPU, shaped as the codes");
+    cpu::Channels work = channels_of(name, codes, scales, zeros, factors, bits);
+    check_channels(name, "values", values, work.channels, work.outputs);
+    check_channels(name, "pulls", pulls, work.channels, work.outputs);
     work.values = static_cast<float*>(values.data_ptr());
+    work.pulls = static_cast<float*>(pulls.data_ptr());
     for_outputs(work, cpu::kernels().search->compensate);
 }
 
 void descend_channels(Tensor gradient, Tensor codes, const Tensor& scales, const Tensor& zeros, const Tensor& gram_,
                       int64_t bits) {
+    const char* name = "descend_channels";
     const Tensor gram = make_contiguous(gram_);
-    for_outputs(channels_of("descend_channels", gradient, codes, scales, zeros, gram, bits),
-                cpu::kernels().search->descend);
+    cpu::Channels work = channels_of(name, codes, scales, zeros, gram, bits);
+    check_channels(name, "gradient", gradient, work.channels, work.outputs);
+    work.gradient = static_cast<float*>(gradient.data_ptr());
+    for_outputs(work, cpu::kernels().search->descend);
 }
 
 }  // namespace

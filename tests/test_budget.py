@@ -109,9 +109,11 @@ def test_without_a_limit_what_is_free_is_the_limit(monkeypatch: Any) -> None:
 def test_what_an_estimate_counts() -> None:
     model = variant("llama").model()
 
-    def found(settings: dict[str, Any], in_memory: bool = True, **load: Any) -> budget.Estimate:
+    def found(
+        settings: dict[str, Any], in_memory: bool = True, keeps_results: bool = False, **load: Any
+    ) -> budget.Estimate:
         plan = Plan.of(model, QuantConfig(group_size=32, **settings))
-        return budget.estimate(model, plan, budget.Load(**{"tokens": 10**5, **load}), in_memory, False)
+        return budget.estimate(model, plan, budget.Load(**{"tokens": 10**5, **load}), in_memory, keeps_results)
 
     grams = 4 * 2 * (3 * 64**2 + 128**2)
     kept = found({}, statistics=Path("statistics"))
@@ -125,6 +127,12 @@ def test_what_an_estimate_counts() -> None:
     alone, together = found({}, in_memory=False), found({}, in_memory=False, tokens=10**5 // 4, processes=4, width=4)
     assert together.disk == alone.disk // 3 * 6
     assert found({}, processes=4, width=4).memory > found({}).memory
+    assert found({"effort": "best"}).memory > found({}).memory
+    # Linears that are left alone stay in fp32 while the others are rounded, and in what is written.
+    alone = {"modules_to_not_convert": ["self_attn"]}
+    attention, gram = 4 * 4 * 64**2, 4 * 64**2
+    assert found({}).memory - gram <= found(alone).memory <= found({}).memory + attention
+    assert found(alone, keeps_results=True).disk > found({}, keeps_results=True).disk
 
 
 def test_hidden_states_on_the_disk_change_nothing(tmp_path: Path, monkeypatch: Any) -> None:

@@ -81,21 +81,23 @@ def test_it_ends_with_the_gradient_of_the_error(monkeypatch: pytest.MonkeyPatch)
     few = torch.randn(3, 96)
     for inputs in (gram, few.T @ few, torch.zeros(96, 96)):
         compensator = Compensator(inputs)
-        found, rest = compensator.round(weight, quantize(weight, 4, 32))
+        found, residual = compensator.round(weight, quantize(weight, 4, 32))
         damped = compensator.damped(inputs)
         expected = damped.double() @ (dequantize(found, torch.float64) - weight.double()).T
-        assert (compensator.gradient(rest) - expected).norm() < 1e-4 * expected.norm()
+        assert (compensator.gradient(residual) - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_inputs_that_say_nothing() -> None:
+def test_inputs_that_say_little() -> None:
     _, weight = _data()
     grid = quantize(weight, 4, 16)
     assert torch.equal(Compensator(torch.zeros(64, 64)).round(weight, grid)[0].codes, grid.codes)
     few = torch.randn(3, 64)
-    found, _ = Compensator(few.T @ few).round(weight, grid)  # rank 3 of 64
-    assert torch.isfinite(dequantize(found)).all()
-    for extreme in (torch.full((64, 64), 1e30), torch.eye(64) * 3e38, torch.eye(64) * 1e-38):
-        assert torch.isfinite(dequantize(Compensator(extreme).round(weight, grid)[0])).all()
+    for gram in (few.T @ few, torch.full((64, 64), 1e30), torch.eye(64) * 3e38, torch.eye(64) * 1e-38):
+        compensator = Compensator(gram)
+        found, _ = compensator.round(weight, grid)
+        damped = compensator.damped(gram).double()
+        after, before = (output_error(dequantize(entry, torch.float64) - weight, damped) for entry in (found, grid))
+        assert after <= before * (1 + 1e-6)
 
 
 def test_channels_without_correlation_are_rounded_to_nearest() -> None:

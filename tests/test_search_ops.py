@@ -166,16 +166,20 @@ def test_channels_check_their_arguments() -> None:
     values, codes, scales, zeros, gram = channels(8, 32, 4, 2)
     compensate, descend = torch.ops.autoq.compensate_channels.default, torch.ops.autoq.descend_channels.default
     for operator, first in ((compensate, (values, values.clone())), (descend, (values,))):
-        with pytest.raises(RuntimeError, match=r"factors must be float32 \[8, 8\]"):
-            operator(*first, codes, scales, zeros, gram[:4], 4)
-        with pytest.raises(RuntimeError, match="contiguous float32 on the CPU, of one shape"):
-            operator(*first, codes[:, :16], scales, zeros, gram, 4)
-        with pytest.raises(RuntimeError, match=r"\[groups, 32\], of groups that divide 8 channels"):
-            operator(*first, codes, scales, zeros[:, :16], gram, 4)
-        with pytest.raises(RuntimeError, match=r"of groups that divide 8 channels"):
-            operator(*first, codes, torch.ones(3, 32), torch.ones(3, 32), gram, 4)
-        with pytest.raises(RuntimeError, match="bits is 9; it must be 2 to 8"):
-            operator(*first, codes, scales, zeros, gram, 9)
+        for arguments, complaint in (
+            ((codes, scales, zeros, gram[:4], 4), r"factors must be contiguous float32 \[8, 8\] on the CPU"),
+            ((codes[:, :16], scales, zeros, gram, 4), r"codes must be contiguous float32 \[8, 16\]"),
+            ((codes, scales, zeros[:, :16], gram, 4), r"zeros must be contiguous float32 \[2, 32\]"),
+            ((codes, torch.ones(3, 32), torch.ones(3, 32), gram, 4), "groups that divide 8 channels"),
+            ((codes, scales, zeros, gram, 9), "bits is 9; it must be 2 to 8"),
+        ):
+            with pytest.raises(RuntimeError, match=complaint):
+                operator(*first, *arguments)
         torch.library.opcheck(operator, (*first, codes, scales, zeros, gram, 4))
-    with pytest.raises(RuntimeError, match="values must be contiguous float32 on the CPU, shaped as the codes"):
-        compensate(values[:4], values, codes, scales, zeros, gram, 4)
+    for name, operator, first in (
+        ("values", compensate, (values[:4], values)),
+        ("pulls", compensate, (values, values.double())),
+        ("gradient", descend, (values.T,)),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name} must be contiguous float32 \[8, 32\]"):
+            operator(*first, codes, scales, zeros, gram, 4)

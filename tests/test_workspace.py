@@ -84,10 +84,10 @@ def test_a_run_stopped_at_any_write_goes_on_and_ends_with_the_same_bits(
 def test_a_block_is_written_while_the_next_one_is_observed(tmp_path: Path, monkeypatch: Any) -> None:
     """And what it was made of stays until it is written."""
     case, work = variant("llama"), tmp_path / "work"
-    observe, save = pipeline.observe, workspace.Workspace.save_block
+    observe, save, forget = pipeline.observe, workspace.Workspace.save_block, pipeline.Streams.forget
     observed = [Event() for _ in case.model().model.layers]
     turns = iter(observed)
-    kept = []
+    forgotten = []
 
     def signalling(*arguments: Any) -> Any:
         next(turns).set()
@@ -96,13 +96,43 @@ def test_a_block_is_written_while_the_next_one_is_observed(tmp_path: Path, monke
     def waiting(self: workspace.Workspace, index: int, *arguments: Any) -> None:
         if index + 1 < len(observed):
             assert observed[index + 1].wait(timeout=60), "the run does not go on"
-        kept.append(len(present(work / "activations-0-of-1" / "calibration", f"{index:05d}")))
         save(self, index, *arguments)
+
+    def checking(self: Any, index: int) -> None:
+        assert workspace.Workspace(work).finished(len(observed)) >= index
+        forgotten.append(index)
+        forget(self, index)
 
     monkeypatch.setattr(pipeline, "observe", signalling)
     monkeypatch.setattr(workspace.Workspace, "save_block", waiting)
+    monkeypatch.setattr(pipeline.Streams, "forget", checking)
     in_memory(case, work_dir=work)
-    assert kept == [1] * len(observed)
+    assert forgotten == [*range(len(observed)), len(observed)]
+
+
+def test_a_block_that_cannot_be_written_ends_the_run_before_the_next_search(tmp_path: Path, monkeypatch: Any) -> None:
+    case, search = variant("llama"), pipeline.quantize_block
+    last = len(case.model().model.layers) - 1
+    for failing in (0, last):
+        save, searched = workspace.Workspace.save_block, []
+
+        def fails(self: workspace.Workspace, index: int, *arguments: Any) -> None:
+            if index == failing:  # noqa: B023  (called before the loop goes on)
+                raise CheckpointError("no room")
+            save(self, index, *arguments)  # noqa: B023
+
+        def counted(block: Any, prefix: str, *arguments: Any) -> Any:
+            searched.append(prefix)  # noqa: B023
+            return search(block, prefix, *arguments)
+
+        monkeypatch.setattr(workspace.Workspace, "save_block", fails)
+        monkeypatch.setattr(pipeline, "quantize_block", counted)
+        work = tmp_path / f"work-{failing}"
+        with pytest.raises(CheckpointError, match="no room"):
+            in_memory(case, work_dir=work)
+        assert len(searched) == failing + 1
+        monkeypatch.undo()
+        assert_same(saved(in_memory(case, work_dir=work), tmp_path / "found"), saved(in_memory(case), tmp_path / "new"))
 
 
 def test_a_finished_run_is_taken_up_without_searching_blocks(tmp_path: Path, monkeypatch: Any) -> None:

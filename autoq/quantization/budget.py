@@ -103,7 +103,7 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     """
     tokens, held_out_tokens = load.tokens, load.held_out_tokens
     blocks = plan.architecture.decoder_blocks(model)
-    largest = max(blocks, key=_linear_weights)
+    number, largest = max(enumerate(blocks), key=lambda entry: _linear_weights(entry[1]))
     itemsize = model.dtype.itemsize
     widths = {leaf: linear.in_features for leaf, linear in named_linears(largest)}
     leaders = {widths[leader] for leader in leaders_of(largest, plan).values()}
@@ -118,9 +118,9 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     batch = min(tokens, max(plan.batch_tokens, load.longest)) * (
         max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize
     )
-    searching = _searching_memory(largest, plan)
+    searching = _searching_memory(largest, plan.block_name(number), plan)
     if plan.tunes:
-        searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + 2 * grams + 4 * batch)
+        searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + grams + 4 * batch)
     logits = (
         2
         * min(held_out_tokens, max(HELD_OUT_BATCH_TOKENS, load.longest))
@@ -136,14 +136,17 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     if plan.embeddings is not None:
         # The weight, and its codes as they are, in one piece and packed.
         head = max(head, 5 * plan.embeddings.out_features * plan.embeddings.in_features)
-    packed = sum(
+    results = sum(
         spec.out_features * (spec.in_features * spec.bits // 8 + 4 * spec.groups) for spec in plan.specs.values()
     )
+    for index, some in enumerate(blocks):
+        prefix = plan.block_name(index)
+        results += sum(part.weight.nbytes for leaf, part in named_linears(some) if f"{prefix}.{leaf}" not in plan.specs)
     # A process that waits for its turn to search keeps its block while it observes those of the others, and a block
     # that is done while it is written.
     observing = grams + batch + (block + grams if load.processes > 1 and load.width > 1 else 0)
     if keeps_results:
-        observing += packed // len(blocks)
+        observing += results // len(blocks)
     peak = max(block + max(observing, searching), head, logits)
     if load.device is not None and load.device.type != "cpu":
         peak = block  # the rest takes the memory of that device
@@ -153,30 +156,29 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     # Of all processes, which may share a disk: the inputs of all blocks under way and of the one that is written, and
     # what the last of them gives.
     stages = load.processes * (load.width + 2)
-    disk = (packed if keeps_results else 0) + (0 if in_memory else stages * hidden)
+    disk = (results if keeps_results else 0) + (0 if in_memory else stages * hidden)
     statistics = 0
     if load.statistics is not None:
         statistics = grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
     return Estimate(memory, disk + statistics, _seconds(model, blocks, plan, load), hidden, statistics)
 
 
-def _searching_memory(block: nn.Module, plan: Plan) -> int:
+def _searching_memory(block: nn.Module, prefix: str, plan: Plan) -> int:
     """Bytes beside a block while it is searched, all in fp32: what is still to be rounded, and the largest step."""
     linears = dict(named_linears(block))
-    together: dict[str, list[nn.Linear]] = {}
+    together: dict[str, list[str]] = {}
     for leaf, leader in leaders_of(block, plan).items():
-        together.setdefault(leader, []).append(linears[leaf])
-    weights = sum(linear.weight.numel() for linear in linears.values())
-    grams = sum(linears[leader].in_features ** 2 for leader in together)
-    most = rounded = 0
-    for same in together.values():
-        gram = same[0].in_features ** 2
-        step = max(_GRAM_COPIES * gram, 2 * gram + _WEIGHT_COPIES * max(linear.weight.numel() for linear in same))
-        most = max(most, weights + grams + rounded + step)
-        if plan.tunes:
-            rounded += gram  # factored, for the report
-        else:
-            weights, grams = weights - sum(linear.weight.numel() for linear in same), grams - gram
+        together.setdefault(leader, []).append(leaf)
+    sizes = {leaf: linear.weight.numel() for leaf, linear in linears.items()}
+    grams = {leader: linears[leader].in_features ** 2 for leader in together}
+    held, most = sum(sizes.values()) + sum(grams.values()), 0
+    for leader, leaves in together.items():
+        rounded = [sizes[leaf] for leaf in leaves if f"{prefix}.{leaf}" in plan.specs]
+        if rounded:
+            step = max(_GRAM_COPIES * grams[leader], 2 * grams[leader] + _WEIGHT_COPIES * max(rounded))
+            most = max(most, held + step)
+        if not plan.tunes:  # which needs them all
+            held -= grams[leader] + sum(rounded)
     return 4 * most
 
 

@@ -5,9 +5,9 @@ correlations allow, by those still to be rounded. The scales and zero points sta
 order of the channels is free: loud channels come first, while there is most left to compensate with.
 
 GPTQ works on the inverse of the Gram matrix `H`. Here it is Babai's nearest plane (Chen et al., 2025,
-arXiv:2507.18553), which gives the same codes: with `H = R R^T`, `R` upper triangular, a weight `W` rounded to `Q` errs
-by `|(W - Q) R|^2`, and each channel is rounded to make its own column of `(W - Q) R` small. That takes one
-factorization instead of two and an inversion, and ends with the gradient of the error at hand.
+arXiv:2507.18553), which gives the same codes: with `H = R R^T`, `R` upper triangular, a weight `W` rounded to
+`Q = W + D` errs by `|D R|^2`, and each channel is rounded to make its own column of `D R` small. That takes one
+factorization instead of two and an inversion, and leaves `D R`, from which the gradient of the error is one product.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq.quantization.search_ops import BLOCK, compensate_channels
+from autoq.quantization.search_ops import compensate_channels
 from autoq.quantization.weight import QuantizedWeight
 
 # Share of the mean diagonal added to the Gram matrix: it bounds how far weights move on directions seldom seen.
 DAMPING = 0.01
+# Channels rounded before the rest of the weight is pulled, by one matrix product.
+BLOCK = 128
 # Channels whose gradient is made at a time: what is zero in the factor is left out but within so many.
 _PANEL = 1024
 
@@ -56,13 +58,14 @@ class Compensator:
         self._energy = diagonal.square_().unsqueeze(1)
 
     def damped(self, gram: Tensor) -> Tensor:
-        """The Gram matrix as it is used here, a copy: its largest entry one, and damped."""
+        """The Gram matrix as it is used here, a copy: over its largest entry, and damped."""
         gram = gram / self._largest
         gram.diagonal().add_(self._damping)
         return gram
 
     def round(self, weight: Tensor, grid: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
-        """Codes for a weight on a grid, and what `gradient` makes something of.
+        """Codes for a weight on a grid, and what is left of it: `-D R` over the diagonal of `R`, fp32 `[in, out]`, in
+        the order of rounding.
 
         weight: fp32 `[out, in]`.
         grid: its scales and zero points; the codes it holds are replaced.
@@ -81,13 +84,14 @@ class Compensator:
         natural[self._order] = codes
         return grid._replace(codes=natural.T.to(torch.uint8).contiguous()), pulls
 
-    def gradient(self, rest: Tensor) -> Tensor:
-        """Half of the error's gradient for a rounded weight, `H D` with the damped `H`, fp32 `[in, out]`.
+    def gradient(self, residual: Tensor) -> Tensor:
+        """Half of the error's gradient for a rounded weight, `H D^T` with the damped `H`, fp32 `[in, out]`.
 
-        rest: what `round` gave; spent.
+        residual: what `round` gave with the codes; written over.
         """
-        rest.mul_(self._energy).neg_()
-        found = torch.empty_like(rest)
-        for start in range(0, len(rest), _PANEL):
-            found[self._order[start : start + _PANEL]] = self._factor[start : start + _PANEL, start:] @ rest[start:]
+        residual.mul_(self._energy).neg_()
+        found = torch.empty_like(residual)
+        for start in range(0, len(residual), _PANEL):
+            panel = slice(start, start + _PANEL)
+            found[self._order[panel]] = self._factor[panel, start:] @ residual[start:]
         return found

@@ -68,7 +68,7 @@ def quantize_head(
     def work() -> LinearReport:
         check_statistics({LM_HEAD: statistics})
         item = LinearWork(_copy(head, device), LM_HEAD)
-        inputs = ScaledInputs(statistics, item.column_scale, plan.config.compensate)
+        inputs = ScaledInputs(statistics, item, plan.config.compensate)
         weight, clipped = round_linear(item, inputs, plan, known, found)
         tensors.update(quantized_linear(item, weight).state_dict())
         return report_of(item, weight, clipped, inputs, plan)

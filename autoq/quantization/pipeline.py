@@ -103,25 +103,24 @@ class _Search:
             self.future = self.work()
 
 
-class _Behind:
-    """Does one piece of work after another while the run goes on."""
+class _Writer:
+    """Writes one block at a time while the run goes on."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._work: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begins a piece of work once the one before is done; raises what that met."""
-        self.wait()
+        """Begins to write, after `wait`."""
         self._work = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Until nothing is left to do; raises what it met."""
+        """Until all is written; raises what went wrong."""
         work, self._work = self._work, None
         if work is not None:
             work.result()
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -272,7 +271,7 @@ class Quantizer:
 
         Returns the config with what the run settled (linears left alone, other group sizes), and the report.
         Raises QuantizationError when a weight or an activation is not finite (the layer is named), or folding changes
-        what a block computes. On an error, blocks done before it stay quantized.
+        what a block computes. On an error, blocks written before it stay quantized.
         """
         report = self._walk()
         self.plan.warn_if_undercalibrated(report)
@@ -293,14 +292,15 @@ class Quantizer:
 
     def _walk(self) -> QuantizationReport:
         """Walks the blocks. What flows between them does not depend on the search, so where there are several devices
-        or processes, a block is observed while those before it are searched."""
+        or processes, a block is observed while those before it are searched; and a block is written while the next one
+        is read and observed."""
         report = QuantizationReport(self.source.description, self.source.tokens)
         report.embeddings = self.embeddings_line
         pending: list[_Search] = []
         shown = self.run.progress and self.ranks.is_first
         with (
             ThreadPoolExecutor(max(1, len(self.run.devices))) as pool,
-            _Behind() as writer,
+            _Writer() as writer,
             tqdm(total=len(self.blocks), initial=self.done, desc="quantizing", unit="block", disable=not shown) as bar,
         ):
             for index in range(len(self.blocks)):
@@ -311,7 +311,7 @@ class Quantizer:
                     pending[-1].start()
             while pending:
                 report.linears += self._settle(pending, writer, bar)
-            writer.wait()
+            self._wait_for(writer)
             self.streams.forget(len(self.blocks))
         head = None
         if self.plan.shares_head and self.embeddings is not None:
@@ -397,8 +397,9 @@ class Quantizer:
         start = (lambda: pool.submit(work)) if several else (lambda: _at_once(work))
         return _Search(index, block, home, device, offloaded, owner, start if owner == self.ranks.rank else None)
 
-    def _settle(self, pending: list[_Search], writer: _Behind, bar: Any) -> list[LinearReport]:
+    def _settle(self, pending: list[_Search], writer: _Writer, bar: Any) -> list[LinearReport]:
         """Ends the first search, or all where several processes wait for each other; each has one of them."""
+        self._wait_for(writer)  # a search takes long: not one more if its result cannot be written
         ended = pending[:] if self.ranks.size > 1 else pending[:1]
         del pending[: len(ended)]
         for search in ended:
@@ -409,10 +410,11 @@ class Quantizer:
             bar.update(search.index >= self.done)
         return reports
 
-    def _finish(self, search: _Search, writer: _Behind) -> list[LinearReport]:
-        """Takes the result of a search to wherever it is needed, and forgets what is not needed any more. The block is
-        written while the run goes on; until the next one ends, its inputs are kept."""
+    def _finish(self, search: _Search, writer: _Writer) -> list[LinearReport]:
+        """Takes the result of a search to wherever it is needed, and forgets what is not needed any more: the inputs of
+        blocks that are written."""
         index, block, prefix = search.index, search.block, self.plan.block_name(search.index)
+        self._wait_for(writer)
         result = BlockResult([], SearchResults())
         tensors: dict[str, Tensor] = {}
         if index >= self.done:
@@ -433,8 +435,7 @@ class Quantizer:
             if not mine:
                 self._restore(block, prefix, tensors)
         if index >= self.done and self.workspace is not None and self.ranks.is_first:
-            with self._timed("writing"):
-                writer.start(partial(self.workspace.save_block, index, tensors, result))
+            writer.start(partial(self.workspace.save_block, index, tensors, result))
         if self.run.awq_cache is not None:
             self.search.update(result.search)
         with self._timed("passing on"):
@@ -446,6 +447,11 @@ class Quantizer:
             block.to(search.home)
         self.streams.forget(index)
         return result.reports
+
+    def _wait_for(self, writer: _Writer) -> None:
+        """Until the first process has written the last block that was done; all hear of it if that fails."""
+        with self._timed("writing"):
+            self.ranks.alone(writer.wait)
 
     def _restore(self, block: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
         """Makes a block what an earlier run or another process made of it."""

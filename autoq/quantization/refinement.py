@@ -1,6 +1,6 @@
 """What the default effort adds to AWQ and compensated rounding: a better grid, and better codes on it.
 
-All of it lowers `tr(D H D^T)`, the error `D` of a weight on inputs with the Gram matrix `H = X X^T`:
+All of it lowers `tr(D H D^T)`, the error of a weight that is off by `D` on inputs with the Gram matrix `H = X X^T`:
 
 - `search_range` moves the two ends of each group's range on their own, where AWQ's clip cuts both alike.
 - `descend` goes over the codes again, each the best while the others stay: coordinate descent, as in QuantEase (Behdin

@@ -69,8 +69,8 @@ class QuantizationReport:
     calibration: one line about the data; tokens: how many there were; seconds: the time of the whole run (of the last
         part of it, if it was stopped and resumed); seconds_by_part: of this process, on measuring how much each linear
         matters, the embeddings, reading blocks, observing what their linears read, searching and rounding, sending
-        samples through the quantized blocks, writing these, the head, and judging the result. On several devices
-        searches overlap.
+        samples through the quantized blocks, waiting for these to be written, the head, and judging the result. On
+        several devices searches overlap.
     embeddings: their line, apart from those of the linears: their errors do not compare.
     held_out: the model's quality on other text; None where there was none.
     max_kl: the KL divergence there beyond which the model is not to be saved; None: any is fine.

@@ -102,9 +102,15 @@ class ScaledInputs:
     Takes over the statistics' Gram matrix and scales it in place: a wide linear's takes a large part of the memory.
     """
 
-    def __init__(self, inputs: InputStatistics, scale: Tensor, compensate: bool) -> None:
+    def __init__(self, inputs: InputStatistics, item: LinearWork, compensate: bool) -> None:
+        """item: one of the linears."""
         self.tokens = inputs.tokens
-        self.gram = inputs.gram.div_(scale).div_(scale.unsqueeze(1))
+        self.gram = inputs.gram.div_(item.column_scale).div_(item.column_scale.unsqueeze(1))
+        if not inputs.is_finite():
+            raise QuantizationError(
+                f"the inputs of {item.name} over their scale are too large for fp32; if the scale comes from a file of "
+                "search results, it is not of this model"
+            )
         self.compensator = Compensator(self.gram) if compensate else None
 
 
@@ -134,14 +140,18 @@ def quantize_block(
     reports = {}
     for leader, leaves in _by_leader(block, plan).items():
         kept = [leaf for leaf in leaves if work[leaf].name in plan.group_sizes]
+        read = statistics.pop(leader)
         if kept:
-            inputs = ScaledInputs(statistics.pop(leader), work[kept[0]].column_scale, plan.config.compensate)
+            inputs = ScaledInputs(read, work[kept[0]], plan.config.compensate)
             for leaf in kept:
                 weight, clipped = round_linear(work[leaf], inputs, plan, known, found)
                 rounded[leaf] = _Rounded(weight, clipped, inputs)
                 if not batches:
                     # What is done is dropped at once: in fp32 it is large.
                     reports[leaf] = _finish_linear(block, leaf, work.pop(leaf), rounded.pop(leaf), plan)
+            inputs.compensator = None
+            del inputs
+        del read
     if batches:
         weights = {leaf: (work[leaf].linear.weight.detach(), one.weight) for leaf, one in rounded.items()}
         dtype = next(iter(work.values())).dtype
@@ -295,10 +305,10 @@ def round_linear(
         raise QuantizationError(f"{item.name}: {error}") from None
     del clipped
     if inputs.compensator is not None:
-        quantized, rest = inputs.compensator.round(weight, quantized)
+        quantized, residual = inputs.compensator.round(weight, quantized)
         if config.effort != "fast":
-            gradient = inputs.compensator.gradient(rest)
-            del rest
+            gradient = inputs.compensator.gradient(residual)
+            del residual
             quantized = refinement.refine(weight, inputs.compensator.damped(inputs.gram), quantized, gradient)
     return quantized, share
 

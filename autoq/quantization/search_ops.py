@@ -14,8 +14,8 @@ from autoq.quantization.weight import fake_quantize, nearest_codes
 
 # Beyond this the Gram matrix of a group does not stay in a cache beside its weights, and torch multiplies faster.
 _LARGEST_NATIVE_GROUP = 256
-# Channels that are rounded before the rest of the weight is told, by one matrix product.
-BLOCK = 128
+# Channels the reference of a descent goes over before the others hear of it, by one matrix product.
+_DESCENT_BLOCK = 128
 
 _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define(
@@ -65,8 +65,8 @@ def _fake_compensate(
 
 def _reference_descend(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
     size = len(gradient) // len(scales)
-    for start in range(0, len(gradient), BLOCK):
-        block = slice(start, min(start + BLOCK, len(gradient)))
+    for start in range(0, len(gradient), _DESCENT_BLOCK):
+        block = slice(start, min(start + _DESCENT_BLOCK, len(gradient)))
         within, steps = gradient[block].clone(), torch.empty_like(gradient[block])
         for channel in range(start, block.stop):
             scale, zero = scales[channel // size], zeros[channel // size]
@@ -132,7 +132,7 @@ def compensate_channels(
 def descend_channels(gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, gram: Tensor, bits: int) -> None:
     """Sets the codes of channels one after the other, each to the best of its values while the others stay.
 
-    gradient: fp32 or fp64 `[channels, out]`, contiguous, half of the error's gradient, `H D`; kept up with the codes.
+    gradient: fp32 or fp64 `[channels, out]`, contiguous, half of the error's gradient, `H D^T`; kept up with the codes.
     codes: its shape and dtype; changed.
     scales, zeros: `[groups, out]`, of equal groups of the channels.
     gram: `H`, symmetric `[channels, channels]`, its diagonal positive.

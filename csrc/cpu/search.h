@@ -21,8 +21,9 @@ struct GroupErrors {
 // Channels of a weight that are rounded one after the other, each in view of what the ones before it did to it. All
 // outputs are independent.
 struct Channels {
-    float* values;  // [channels, outputs], as `pulls` and `codes`; null for a descent
-    float* pulls;   // what moves the values: by how much, or, of a descent, the error's gradient
+    float* values;    // [channels, outputs], as the three below; null for a descent, as `pulls`
+    float* pulls;     // how far the values are moved before they are rounded
+    float* gradient;  // half of the error's; null for compensation
     float* codes;
     const float* scales;  // [groups, outputs], as `zeros`
     const float* zeros;

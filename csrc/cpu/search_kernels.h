@@ -185,7 +185,7 @@ constexpr int64_t kDescentBlock = 128;
 AUTOQ_VECTOR void descend_outputs(const Channels& work, int64_t first, int64_t count, float* gradient) {
     for (int64_t channel = 0; channel < work.channels; ++channel) {
         const int64_t index = channel * work.outputs + first;
-        store<Float::kFloat32>(gradient, channel * 16, load_outputs(work.pulls, index, count));
+        store<Float::kFloat32>(gradient, channel * 16, load_outputs(work.gradient, index, count));
     }
     for (int64_t begin = 0; begin < work.channels; begin += kDescentBlock) {
         const int64_t end = std::min(begin + kDescentBlock, work.channels);
@@ -216,7 +216,7 @@ AUTOQ_VECTOR void descend_outputs(const Channels& work, int64_t first, int64_t c
     }
     for (int64_t channel = 0; channel < work.channels; ++channel) {
         const int64_t index = channel * work.outputs + first;
-        store_some<Float::kFloat32>(work.pulls, index, count, load<Float::kFloat32>(gradient, channel * 16));
+        store_some<Float::kFloat32>(work.gradient, index, count, load<Float::kFloat32>(gradient, channel * 16));
     }
 }
 

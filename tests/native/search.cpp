@@ -106,17 +106,10 @@ struct Case {
         for (float& factor : factors) factor /= static_cast<float>(2 * channels);
     }
 
-    Channels work(Array* values, Array& pulls, Array& written) const {
-        return {values == nullptr ? nullptr : static_cast<float*>(values->data()),
-                static_cast<float*>(pulls.data()),
-                static_cast<float*>(written.data()),
-                scales.data(),
-                zeros.data(),
-                factors.data(),
-                channels,
-                outputs,
-                channels / groups,
-                bits};
+    Channels work(Array* values, Array* pulls, Array* gradient, Array& written) const {
+        const auto data = [](Array* array) { return array == nullptr ? nullptr : static_cast<float*>(array->data()); };
+        return {data(values),   data(pulls), data(gradient), data(&written),    scales.data(), zeros.data(),
+                factors.data(), channels,    outputs,        channels / groups, bits};
     }
 
     double scale(int64_t channel, int64_t output) const { return of_group(scales, channel, output); }
@@ -140,7 +133,7 @@ void test_compensation(const SearchKernels& kernels, const std::string& name, co
     const Array start = Array::random(Float::kFloat32, work.channels * work.outputs);
     const Array pulled = Array::random(Float::kFloat32, start.count(), 0.1f);
     Array values = start, pulls = pulled, codes(Float::kFloat32, start.count());
-    const Channels channels = work.work(&values, pulls, codes);
+    const Channels channels = work.work(&values, &pulls, nullptr, codes);
     kernels.compensate(channels, 0, 16);
     kernels.compensate(channels, 16, work.outputs);
     std::vector<double> exact = values_of(start), moved = values_of(pulled);
@@ -168,7 +161,7 @@ void test_descent(const SearchKernels& kernels, const std::string& name, const C
     const Array start = Array::random(Float::kFloat32, work.channels * work.outputs, 0.2f);
     Array gradient = start, codes(Float::kFloat32, gradient.count());
     for (int64_t i = 0; i < codes.count(); ++i) codes.set(i, work.codes[static_cast<size_t>(i)]);
-    const Channels channels = work.work(nullptr, gradient, codes);
+    const Channels channels = work.work(nullptr, nullptr, &gradient, codes);
     kernels.descend(channels, 0, 16);
     kernels.descend(channels, 16, work.outputs);
     std::vector<double> exact = values_of(start);
