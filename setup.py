@@ -9,14 +9,16 @@ TORCH_CUDA_ARCH_LIST     GPU architectures, as torch spells them ("8.0;9.0a+PTX"
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")  # and the last one's PTX, for those to come
 # The extension uses torch's stable ABI as of 2.11, so that one build serves that and every later release.
 STABLE_ABI = "0x020b000000000000"
 REQUIRE_NATIVE = os.environ.get("AUTOQ_REQUIRE_NATIVE") == "1"
@@ -48,6 +50,15 @@ def find_cuda_home() -> Path | None:
     return None
 
 
+def cuda_architectures(cuda_home: Path) -> str:
+    """Those of ours that a toolkit knows: 10.0 and 12.0 are of CUDA 12.8."""
+    listed = subprocess.run(
+        [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    known = set(re.findall(r"compute_(\d+)", listed.stdout))
+    return ";".join(name for name in CUDA_ARCHITECTURES if re.sub(r"\D", "", name) in known) + "+PTX"
+
+
 def sources(folder: str) -> list[str]:
     """The C++ and CUDA sources of a folder, relative to this file, as setuptools wants them."""
     found = [path for pattern in ("*.cpp", "*.cu") for path in (ROOT / folder).glob(pattern)]
@@ -74,7 +85,8 @@ def make_extension(cuda_home: Path | None) -> Any:
         # torch's CUDAExtension would link torch_cuda and the shared runtime, which a CPU-only torch lacks. The kernels
         # need neither: they know pointers and a stream.
         cpp_extension.CUDA_HOME = str(cuda_home)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(cuda_home)
         flags += ["-DUSE_CUDA", f'-DAUTOQ_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         settings["sources"] += sources("csrc/cuda")
         settings["include_dirs"].append(str(cuda_home / "include"))

@@ -10,7 +10,7 @@ for few rows. Errors are relative, in the Frobenius norm, against float64 on the
 4096 outputs.
 
     autoq         ops.linear, fp16
-    warpgroups    the same on Hopper's kernel for many rows, which ops.linear does not choose yet
+    warpgroups    the same on Hopper's kernel for many rows, which ops.linear does not choose yet (with --warpgroups)
     dequantize    the weight made dense in fp16, then cuBLAS: what autoq does for many rows
     cuBLAS        fp16 on a dense weight
     int4pack      torch's _weight_int4pack_mm, bf16
@@ -23,7 +23,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,14 @@ def main() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is available to this torch; run this on a machine with a GPU"
     bandwidth = copy_bandwidth(arguments.rounds)
-    records = []
+    records: list[dict[str, Any]] = []
     with torch.inference_mode():
         for in_features, out_features in sizes_of(arguments.model):
-            records += _measure_size(in_features, out_features, arguments)
-            _write(arguments.output, bandwidth, records)  # now, since the run may be cut off
+            for record in _measure_size(in_features, out_features, arguments):
+                records.append(record)
+                _write(arguments.output, bandwidth, records)  # now, since the run may be cut off
+        # The GPU may have been slow at first.
+        _write(arguments.output, max(bandwidth, copy_bandwidth(arguments.rounds)), records)
     print(arguments.output.with_suffix(".md").read_text())
     return None
 
@@ -85,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     models = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=models)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--warpgroups", action="store_true", help="measure the kernel for warpgroups too")
     parser.add_argument("--rounds", type=int, default=7, help="times that all take turns")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels-gpu"))
     return parser.parse_args()
@@ -103,6 +107,8 @@ def copy_bandwidth(rounds: int) -> float:
     """Bytes read and written per second by a copy from device memory to device memory."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
+    for _ in range(500):  # until the clocks are up: half a second
+        target.copy_(source)
     seconds = take_turns({"copy": lambda _: target.copy_(source)}, 1, rounds)["copy"]
     return 2 * COPY_BYTES / seconds
 
@@ -178,7 +184,7 @@ def _int4pack(in_features: int, out_features: int, copies: int) -> Callable[[Ten
     return lambda input, copy: torch._weight_int4pack_mm(input, weights[copy][0], GROUP_SIZE, weights[copy][1])
 
 
-def _measure_size(in_features: int, out_features: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure_size(in_features: int, out_features: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     first = random_weight(in_features, out_features)
     weight_bytes = sum(tensor.nbytes for tensor in first)
     copies = copies_for(weight_bytes)
@@ -187,7 +193,6 @@ def _measure_size(in_features: int, out_features: int, arguments: argparse.Names
     dense = ops.dequantize(first, BITS, out_features, in_features, torch.float16)
     dense = [dense] + [dense.clone() for _ in range(dense_copies - 1)]
     int4pack = _int4pack(in_features, out_features, copies)
-    found = []
     for rows in arguments.rows:
         input = torch.randn(rows, in_features, device="cuda").half()
         brain_input = input.bfloat16()
@@ -205,7 +210,7 @@ def _measure_size(in_features: int, out_features: int, arguments: argparse.Names
         runs: dict[str, Run] = {"autoq": autoq, "cuBLAS": cublas}
         if rows >= DENSE_FROM:
             runs["dequantize"] = dequantize
-        if rows in WARPGROUP_ROWS and torch.cuda.get_device_capability() == (9, 0):
+        if arguments.warpgroups and rows in WARPGROUP_ROWS and torch.cuda.get_device_capability() == (9, 0):
             runs["warpgroups"] = lambda copy, input=input: warpgroup_linear(input, packed[copy], out_features)
         if int4pack is not None:
             runs["int4pack"] = lambda copy, input=brain_input: int4pack(input, copy)
@@ -213,17 +218,14 @@ def _measure_size(in_features: int, out_features: int, arguments: argparse.Names
         # Where a call takes long, a few of them are enough.
         calls = copies if rows < 1024 else min(copies, 4)
         seconds = take_turns(runs, calls, arguments.rounds)
-        found.append(
-            {
-                "in_features": in_features,
-                "out_features": out_features,
-                "rows": rows,
-                "microseconds": {name: 1e6 * time for name, time in seconds.items()},
-                "bytes": moved,
-                "errors": _errors(input, first, dense[0], out_features),
-            }
-        )
-    return found
+        yield {
+            "in_features": in_features,
+            "out_features": out_features,
+            "rows": rows,
+            "microseconds": {name: 1e6 * time for name, time in seconds.items()},
+            "bytes": moved,
+            "errors": _errors(input, first, dense[0], out_features),
+        }
 
 
 def _errors(input: Tensor, packed: PackedWeight, dense: Tensor, out_features: int) -> dict[str, float]:

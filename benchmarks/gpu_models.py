@@ -1,6 +1,6 @@
 """Decode and prefill of whole models on a GPU: 4 bits here, fp16 with transformers, fp16 compiled.
 
-    python benchmarks/gpu_models.py [--shape llama-3-8b ...] [--batch 1 4 16 64] [--depth 0 2048] [--seconds 200]
+    python benchmarks/gpu_models.py [--shape llama-3-8b ...] [--batch 1 16 4] [--depth 0 2048] [--seconds 200]
 
 Models are of the shape, with random weights made on the GPU. A decoding step is a forward of one token for every
 sequence and the choice of the next, with nothing read back in between; the time of a step is that of many in a row.
@@ -60,7 +60,9 @@ class Bench:
         now = time.monotonic()
         self._part_end = now + (self._end - now) / parts_left
 
-    def run(self, engine: str, shape: str, case: Case, measure: Callable[[], float], bytes_read: int) -> None:
+    def run(
+        self, engine: str, shape: str, case: Case, measure: Callable[[], float], bytes_read: int, decoder: Decoder
+    ) -> None:
         """Measures a case in milliseconds, or notes why not."""
         name = f"{shape}, {engine}: {case.kind}, batch {case.batch}, depth {case.depth}"
         if time.monotonic() > self._part_end:
@@ -68,15 +70,16 @@ class Bench:
             return
         reset_memory(self.device)
         try:
-            milliseconds = measure()
+            milliseconds, recorded = measure(), recorded_steps(decoder.model)
         except Exception as error:  # of memory, or of a compiler: the other cases are worth having
             self.left_out.append(f"{name} ({type(error).__name__})")
             return
         record = {"shape": shape, "engine": engine, **case._asdict(), "milliseconds": milliseconds}
         record |= {"bytes_read": bytes_read, "peak_memory": peak_memory(self.device)}
         record["copy_gigabytes_per_second"] = copy_speed(self.device)
+        record["recorded_steps"] = recorded
         self.records.append(record)
-        print(f"{name}: {milliseconds:.3f} ms", flush=True)
+        print(f"{name}: {milliseconds:.3f} ms, {recorded} recorded steps", flush=True)
         self.save()  # now, since the run may be cut off
 
     def save(self) -> None:
@@ -223,6 +226,11 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(seen.values()) - model.get_input_embeddings().weight.nbytes  # type: ignore[operator]
 
 
+def recorded_steps(model: Any) -> int:
+    """How many steps autoq keeps recorded for replay (autoq/nn/steps.py)."""
+    return sum(len(slot.recordings) for slot in getattr(model.forward, "_slots", ()))
+
+
 def cache_bytes(config: Any, batch: int, positions: float) -> int:
     size = config.hidden_size // config.num_attention_heads
     return int(batch * positions * config.num_hidden_layers * 2 * config.num_key_value_heads * size * 2)
@@ -235,7 +243,8 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
             yield Case("decode", batch, depth)
         if batch == min(arguments.batch):
             yield Case("generate", batch, min(arguments.depth))
-    for batch in arguments.batch:
+            yield Case("prefill", batch, max(arguments.depth))
+    for batch in sorted(set(arguments.batch) - {min(arguments.batch)}):
         yield Case("prefill", batch, max(arguments.depth))
 
 
@@ -245,7 +254,7 @@ def measure(bench: Bench, shape: str, engine: str, decoder: Decoder, chosen: lis
         run = getattr(decoder, case.kind)
         positions = case.depth + _WARMUP + _STEPS * _ROUNDS / 2
         read = 0 if case.kind == "prefill" else weights + cache_bytes(decoder.model.config, case.batch, positions)
-        bench.run(engine, shape, case, lambda run=run, case=case: run(case.batch, case.depth), read)
+        bench.run(engine, shape, case, lambda run=run, case=case: run(case.batch, case.depth), read, decoder)
 
 
 @torch.no_grad()
@@ -307,7 +316,7 @@ def footnote(bench: Bench) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-3-8b", "llama-2-7b"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 4])
     parser.add_argument("--depth", nargs="+", type=int, default=[0, 2048])
     parser.add_argument("--compile-batch", nargs="*", type=int, default=[1], help="compiling takes a minute for each")
     parser.add_argument("--seconds", type=float, default=200, help="no case is begun after these")

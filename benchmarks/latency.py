@@ -31,16 +31,11 @@ def main() -> None:
     arguments = _arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    rows = [
-        _measure(
-            shape,
-            random_model(shape, dtype),
-            round_to_nearest(random_model(shape, dtype), QuantConfig()),
-            device,
-            arguments,
-        )
-        for shape in arguments.shape
-    ]
+    rows = []
+    for shape in arguments.shape:
+        with device:
+            full, quantized = random_model(shape, dtype), round_to_nearest(random_model(shape, dtype), QuantConfig())
+        rows.append(_measure(shape, full, quantized, device, arguments))
     if arguments.model is not None:
         rows.append(_measure_checkpoints(arguments, device, dtype))
     table = _table(rows)

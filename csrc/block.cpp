@@ -181,7 +181,7 @@ Tensor repeat_heads(const Tensor& states, int64_t times) {
     const std::vector<int64_t> shape{batch, heads, times, positions, size};
     std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::unsqueeze(states, 2)),
                                       torch::stable::detail::from(shape), torch::stable::detail::from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::reshape(torch::stable::detail::to<Tensor>(stack[0]), {batch, heads * times, positions, size});
 }
 
@@ -196,7 +196,7 @@ Tensor scaled_dot_product_attention(const Tensor& queries, const Tensor& keys, c
                                       torch::stable::detail::from(!mask.has_value()),
                                       torch::stable::detail::from(std::optional<double>(1.0)),
                                       torch::stable::detail::from(shared_keys)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }

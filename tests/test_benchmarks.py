@@ -18,6 +18,7 @@ def test_gpu_models_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     engines = {record["engine"] for record in results["records"]}
     assert engines == {"transformers fp16", "autoq 4 bits"}
     assert len(results["records"]) == 2 * (4 + 1 + 2)
+    assert all(record["recorded_steps"] > 0 for record in results["records"] if record["engine"] == "autoq 4 bits")
     assert not results["left_out"]
     assert "| tiny | decode | 2 | 40 | autoq 4 bits |" in (tmp_path / "models.md").read_text()
 

@@ -10,18 +10,18 @@ namespace autoq::cuda {
 namespace {
 
 // Launches that may run at the same time must not share counters. Those of one stream follow each other; but graphs
-// that were captured on one stream may run at the same time, so every capture has a set of its own, until the sets are
-// used up and the oldest is taken again. Memory of the module is zero from the start: nothing has to be allocated or
-// cleared, which matters while a graph is captured.
-constexpr int kSets = 256;
-__device__ uint32_t all_counters[kSets][kMostCounters];
+// that were captured on one stream may run at the same time, so every capture has a set of its own, until the sets for
+// captures are used up and the oldest is taken again; likewise for streams. Memory of the module is zero from the
+// start: nothing has to be allocated or cleared, which matters while a graph is captured.
+constexpr int kStreamSets = 64, kCaptureSets = 448;
+__device__ uint32_t all_counters[kStreamSets + kCaptureSets][kMostCounters];
 
 }  // namespace
 
 const char* counters_for(void* stream, uint32_t*& counters) {
     struct Device {
         uint32_t* first = nullptr;
-        int sets = 0;  // given out
+        int stream_sets = 0, capture_sets = 0;  // given out
     };
     using Key = std::tuple<int, void*, unsigned long long>;
     static std::mutex mutex;
@@ -44,8 +44,9 @@ const char* counters_for(void* stream, uint32_t*& counters) {
         error = cudaGetSymbolAddress(reinterpret_cast<void**>(&device.first), all_counters);
         if (error != cudaSuccess) return cudaGetErrorString(error);
     }
-    const auto [found, is_new] = sets.try_emplace(Key{index, stream, capture}, device.sets % kSets);
-    if (is_new) ++device.sets;
+    const int next = capture == 0 ? device.stream_sets % kStreamSets : kStreamSets + device.capture_sets % kCaptureSets;
+    const auto [found, is_new] = sets.try_emplace(Key{index, stream, capture}, next);
+    if (is_new) ++(capture == 0 ? device.stream_sets : device.capture_sets);
     counters = device.first + static_cast<int64_t>(found->second) * kMostCounters;
     return nullptr;
 }

@@ -121,6 +121,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Ends the launch with an error.
+__device__ __forceinline__ void trap() { __trap(); }
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 
 // Waits at barrier `id` (1 .. 15) for so many threads, a multiple of 32, of which each has come here or to
@@ -212,14 +215,18 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 
-// How copy_async_16_once treats what it reads: it is the first to leave the second-level cache.
-__device__ __forceinline__ uint64_t read_once_policy() {
+// How copies under a policy treat the second-level cache: what is read once is the first to leave it.
+__device__ __forceinline__ uint64_t read_policy(bool once) {
     uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    if (once) {
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    } else {
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    }
     return policy;
 }
 
-__device__ __forceinline__ void copy_async_16_once(SharedAddress to, const void* from, uint64_t policy) {
+__device__ __forceinline__ void copy_async_16_under(SharedAddress to, const void* from, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
                  : "memory");
 }

@@ -59,9 +59,9 @@ __device__ __forceinline__ void copy_bulk(SharedAddress to, const void* from, in
                  : "memory");
 }
 
-// The same, of what is the first to leave the second-level cache (read_once_policy).
-__device__ __forceinline__ void copy_bulk_once(SharedAddress to, const void* from, int bytes, SharedAddress barrier,
-                                               uint64_t policy) {
+// The same, under a policy for the second-level cache (read_policy).
+__device__ __forceinline__ void copy_bulk_under(SharedAddress to, const void* from, int bytes, SharedAddress barrier,
+                                                uint64_t policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
         "%4;" ::"r"(to),

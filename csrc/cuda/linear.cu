@@ -60,9 +60,12 @@ bool choose_tile(const PackedWeight& weight, int64_t rows, const DevicePropertie
     const int row_tiles = rows <= 8 ? 1 : rows <= 16 && weight.bits == 4 ? 2 : rows <= 32 ? 4 : 8;
     for (plan.row_tiles = row_tiles; plan.row_tiles >= 1; plan.row_tiles /= 2) {
         if (!has_kernel(weight.bits, plan.row_tiles)) continue;
-        plan.warps_across = std::min(plan.row_tiles, 4);
-        for (plan.slices = 8 / plan.warps_across; plan.slices >= 1; plan.slices /= 2) {
-            if (shared_bytes(plan, weight, rows) <= shared_limit) return true;
+        // Half as many warps rather than rows: what is left out of these is read again.
+        const int least = (plan.row_tiles + 1) / 2;
+        for (plan.warps_across = std::min(plan.row_tiles, 4); plan.warps_across >= least; plan.warps_across /= 2) {
+            for (plan.slices = 8 / plan.warps_across; plan.slices >= 1; plan.slices /= 2) {
+                if (shared_bytes(plan, weight, rows) <= shared_limit) return true;
+            }
         }
     }
     return false;

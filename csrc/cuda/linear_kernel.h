@@ -38,7 +38,8 @@ class Loader {
         : a_(a),
           place_(place),
           buffers_(shared_address(buffers)),
-          policy_(read_once_policy()),
+          policy_(read_policy(a.row_parts == 1)),  // other parts read the same weights
+
           walk_(a, place, begin, end) {
         start_tile();
     }
@@ -113,7 +114,7 @@ class Loader {
         for (int i = 0; i < kBits; ++i) {
             const int chunk_unit = (i * 32 + place_.lane) / (8 * kBits);
             const uint32_t* chunk = from[i % kPatterns] + i / kPatterns * kPatternUnits * kUnitWords;
-            if (is_whole || chunk_unit < units) copy_async_16_once(to + i * 512, chunk, policy_);
+            if (is_whole || chunk_unit < units) copy_async_16_under(to + i * 512, chunk, policy_);
         }
     }
 

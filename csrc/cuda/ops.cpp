@@ -48,7 +48,7 @@ PackedTensors make_packed(const Tensor& codes, const Tensor& scales, const Tenso
 Tensor dense_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -209,15 +209,16 @@ __device__ __forceinline__ bool add_blocks(const LinearArguments& a, const Place
     };
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) store_global(place_of(blockIdx.x) + i * threads, fragment(sum, i));
-    memory_fence();
     sync_barrier(1, threads);
     if (thread == 0) {
+        // Between the barriers, the fences are for what all threads of the block wrote and will read.
+        memory_fence();
         *is_last = atomic_add(a.counters + first, 1) == static_cast<uint32_t>(last - first);
+        memory_fence();
         if (*is_last) store_global(a.counters + first, 0u);
     }
     sync_barrier(1, threads);
     if (!*is_last) return false;
-    memory_fence();
     clear_sums(sum);
     // All of a block's fragments are asked for before the first is waited for, and where these are few, several
     // blocks'.

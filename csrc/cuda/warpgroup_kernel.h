@@ -33,7 +33,8 @@ class BulkLoader {
           place_(place),
           buffers_(shared_address(parts.stages)),
           barriers_(shared_address(parts.flags + 16)),
-          policy_(read_once_policy()),
+          policy_(read_policy(a.row_parts == 1)),  // other parts read the same weights
+
           walk_(a, place, begin, end) {
         if (threadIdx.x == 0) {
 #pragma unroll
@@ -99,13 +100,14 @@ class BulkLoader {
                           from_ + static_cast<int64_t>(first_group + slot) * bytes, bytes, barrier);
             }
         } else if (place_.lane < 18) {
-            copy_bulk_once(buffer + (place_.across * 2 + half()) * kStageUnits * kBlockUnitBytes,
-                           from_ + static_cast<int64_t>(first) * kBlockUnitBytes, units * kBlockUnitBytes, barrier,
-                           policy_);
+            copy_bulk_under(buffer + (place_.across * 2 + half()) * kStageUnits * kBlockUnitBytes,
+                            from_ + static_cast<int64_t>(first) * kBlockUnitBytes, units * kBlockUnitBytes, barrier,
+                            policy_);
         } else if (place_.lane == 18 && takes_input) {
             copy_bulk(parameters + kWarpgroupWarps * kParameterBytes,
                       from_ + static_cast<int64_t>(walk_.stage) * kArrangedBytes, kArrangedBytes, barrier);
         }
+        sync_warp();  // what follows is for whole warps
     }
 
     const LinearArguments& a_;
@@ -194,6 +196,8 @@ __global__ void __launch_bounds__(kWarpgroupWarps * 32, 2) warpgroup_kernel(cons
         BulkLoader loader(a, place, begin, end, parts);
         WarpgroupMultiplier<T> multiplier{place};
         make_tiles<T, kWarpgroupRowTiles>(a, place, parts, stage_bytes, begin, end, loader, multiplier);
+    } else {
+        trap();  // code for another architecture was chosen
     }
 }
 

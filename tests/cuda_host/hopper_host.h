@@ -142,7 +142,7 @@ inline void copy_bulk(SharedAddress to, const void* from, int bytes, SharedAddre
     host::stir(barrier);
 }
 
-inline void copy_bulk_once(SharedAddress to, const void* from, int bytes, SharedAddress barrier, uint64_t) {
+inline void copy_bulk_under(SharedAddress to, const void* from, int bytes, SharedAddress barrier, uint64_t) {
     copy_bulk(to, from, bytes, barrier);
 }
 

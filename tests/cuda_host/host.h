@@ -380,6 +380,8 @@ T shuffle_xor(T value, int mask) {
     return shuffle(value, lane_index() ^ mask);
 }
 
+inline void trap() { std::abort(); }
+
 inline void sync_warp() {
     int nothing = 0;
     host::collective("sync_warp", nothing, [](int**, int) {});
@@ -468,9 +470,9 @@ inline void copy_async_16(SharedAddress to, const void* from, bool inside = true
     host::fiber().issued.push_back({reinterpret_cast<char*>(to), inside ? static_cast<const char*>(from) : nullptr});
 }
 
-inline uint64_t read_once_policy() { return 0; }
+inline uint64_t read_policy(bool /*once*/) { return 0; }
 
-inline void copy_async_16_once(SharedAddress to, const void* from, uint64_t) { copy_async_16(to, from); }
+inline void copy_async_16_under(SharedAddress to, const void* from, uint64_t) { copy_async_16(to, from); }
 
 inline void copy_async_commit() {
     host::fiber().committed.push_back(std::move(host::fiber().issued));
