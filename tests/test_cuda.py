@@ -23,6 +23,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}
 MANY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+@pytest.fixture(autouse=True)
+def exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS may add parts of a product in 16 bits, which costs more than the tolerances allow."""
+    for dtype in ("fp16", "bf16"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction", False)
+
+
 def on_gpu(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(*(tensor.cuda() for tensor in ops.pack(weight)))
 

@@ -15,9 +15,10 @@ import torch
 from families import VARIANTS, Variant, quantized, variant
 from test_block import WAYS, WINDOW, Multiplied, blocks, generate, prompt, with_context
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, masking_utils
 
 from autoq import AutoQForCausalLM, block_ops
+from autoq.nn import block as fused
 from autoq.nn import steps as recorded_steps
 from autoq.nn.block import unfuse_blocks
 from autoq.nn.cache import KVLayer
@@ -73,6 +74,35 @@ def test_generation_gives_the_same_tokens(family: Variant) -> None:
         assert torch.equal(generate(plain, inputs, **options), generate(recorded, inputs, **options))
         # All but the prompt; where a family has to be given a mask, one step finds that out.
         assert steps() - before in (18, 19)
+
+
+@pytest.mark.parametrize("family", [LLAMA, WINDOW], ids=lambda family: family.name)
+def test_masks_that_say_no_more_than_the_length_are_dropped(family: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers makes them while a stream is captured, where it may not look at any value."""
+    plain, recorded = pair(family)
+    given = []
+
+    @torch.no_grad()
+    def decode(model: PreTrainedModel) -> list[Tensor]:
+        output = model(prompt(2, 12)["input_ids"], use_cache=True)
+        logits = [output.logits[:, -1]]
+        for _ in range(8):
+            ids = logits[-1].argmax(-1, keepdim=True)
+            output = model(ids, past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits[:, -1])
+        return logits
+
+    def noting(*arguments: Any) -> Tensor:
+        if arguments[-1] is not None:  # the length
+            given.append(arguments[8])  # the mask
+        return block_ops.decoder_blocks(*arguments)
+
+    expected = decode(plain)
+    monkeypatch.setattr(fused, "decoder_blocks", noting)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: tensor is not None)
+    torch.testing.assert_close(torch.stack(decode(recorded)), torch.stack(expected))
+    assert given
+    assert all((mask is None) == (family is LLAMA) for mask in given)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -365,6 +365,8 @@ class FusedForward:
             buffers, past = layer.reserve(hidden, *shape)
             length = layer.length
         mask = options.get("attention_mask")
+        if layer is not None and not layer.masked and getattr(self._config, "sliding_window", None) is None:
+            mask = None  # while a GPU records, transformers makes one that says no more than the length
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[3] != past + tokens):
             return None
         cosines, sines = self._rotary(hidden, options)

@@ -59,6 +59,7 @@ class KVLayer(DynamicLayer):
     """
 
     length: Tensor | None = None  # where it is found on the device, of a layer whose length the host does not know
+    masked = True  # whether a mask may say more than the order of the positions and how many are filled
 
     def __init__(self, quantized: bool = False) -> None:
         self.quantized = quantized

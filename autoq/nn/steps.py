@@ -62,6 +62,7 @@ class _StaticLayer(KVLayer):
         asks for."""
         super().__init__(buffers.key_scales is not None)
         self._buffers, self.length, self._length_of_inputs = buffers, length, length_of_inputs
+        self.masked = masked
         self.is_initialized = True
         self.is_compileable = masked  # transformers then makes the mask whatever its values, without looking at them
 
