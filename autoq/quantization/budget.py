@@ -43,7 +43,7 @@ _REPORTED_ROWS = 3 * REPORTED_ROWS
 # Factoring a matrix is slower than multiplying matrices, by about this.
 _FACTORING = 2
 # Beside matrix products: rounding, clipping, reading, writing.
-_OTHER_TIME = 1.7
+_OTHER_TIME = 1.45
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     """
     tokens, held_out_tokens = load.tokens, load.held_out_tokens
     blocks = plan.architecture.decoder_blocks(model)
-    number, largest = max(enumerate(blocks), key=lambda entry: _linear_weights(entry[1]))
+    largest = max(blocks, key=_linear_weights)
     itemsize = model.dtype.itemsize
     widths = {leaf: linear.in_features for leaf, linear in named_linears(largest)}
     leaders = {widths[leader] for leader in leaders_of(largest, plan).values()}
@@ -118,7 +118,10 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     batch = min(tokens, max(plan.batch_tokens, load.longest)) * (
         max(leaders) * (4 * itemsize + 4) + 8 * hidden_size * itemsize
     )
-    searching = _searching_memory(largest, plan.block_name(number), plan)
+    # Of the linears and their Gram matrices fewer and fewer are left; but memory that was freed is not all given back.
+    factoring = 4 * _GRAM_COPIES * max(leaders) ** 2
+    rounding = 4 * (_WEIGHT_COPIES * max(weights) + 2 * max(leaders) ** 2)
+    searching = 4 * sum(weights) + grams + max(factoring, rounding)
     if plan.tunes:
         searching = max(searching, 4 * _TUNING_COPIES * sum(weights) + grams + 4 * batch)
     logits = (
@@ -161,25 +164,6 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     if load.statistics is not None:
         statistics = grams * len(blocks) + (4 * hidden_size**2 if LM_HEAD in plan.specs else 0)
     return Estimate(memory, disk + statistics, _seconds(model, blocks, plan, load), hidden, statistics)
-
-
-def _searching_memory(block: nn.Module, prefix: str, plan: Plan) -> int:
-    """Bytes beside a block while it is searched, all in fp32: what is still to be rounded, and the largest step."""
-    linears = dict(named_linears(block))
-    together: dict[str, list[str]] = {}
-    for leaf, leader in leaders_of(block, plan).items():
-        together.setdefault(leader, []).append(leaf)
-    sizes = {leaf: linear.weight.numel() for leaf, linear in linears.items()}
-    grams = {leader: linears[leader].in_features ** 2 for leader in together}
-    held, most = sum(sizes.values()) + sum(grams.values()), 0
-    for leader, leaves in together.items():
-        rounded = [sizes[leaf] for leaf in leaves if f"{prefix}.{leaf}" in plan.specs]
-        if rounded:
-            step = max(_GRAM_COPIES * grams[leader], 2 * grams[leader] + _WEIGHT_COPIES * max(rounded))
-            most = max(most, held + step)
-        if not plan.tunes:  # which needs them all
-            held -= grams[leader] + sum(rounded)
-    return 4 * most
 
 
 def _seconds(model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, load: Load) -> float:
