@@ -108,7 +108,7 @@ def test_compensation_follows_its_definition(count: int, outputs: int, groups: i
             error[channel] -= (code - zero) * scale
         moved[channel + 1 :] += torch.outer(factors[channel, channel + 1 :].double(), exact[channel])
     assert (found - exact).norm() < 1e-5 * values.norm()
-    assert (pulls - moved).norm() < 1e-5 * moved.norm()
+    assert (pulls - moved).norm() < 1e-5 * (values.norm() + moved.norm())  # one code takes most of a value away
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

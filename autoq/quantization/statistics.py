@@ -62,9 +62,12 @@ class InputStatistics:
                 self.gram[start : start + _PANEL, start:].addmm_(channels[start : start + _PANEL], rows[:, start:])
 
     def finish(self) -> InputStatistics:
-        """Fills in the blocks below the diagonal."""
-        for start in range(_PANEL, self.gram.shape[0], _PANEL):
-            self.gram[start : start + _PANEL, :start] = self.gram[:start, start : start + _PANEL].T
+        """Fills in what lies below the diagonal, so that the matrix is exactly symmetric."""
+        for start in range(0, self.gram.shape[0], _PANEL):
+            panel = self.gram[start : start + _PANEL]
+            panel[:, :start] = self.gram[:start, start : start + _PANEL].T
+            square = panel[:, start : start + _PANEL]
+            square.copy_(square.triu() + square.triu(1).T)
         return self
 
     def is_finite(self) -> bool:
