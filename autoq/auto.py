@@ -22,7 +22,15 @@ from autoq.nn.block import fuse_blocks
 from autoq.nn.spread import connect, disconnect, is_offloaded, remove_hooks
 from autoq.nn.steps import RecordedSteps, record_steps
 from autoq.ops import MODES
-from autoq.placement import DeviceMap, byte_count, device_named, parts_of, present_device_map, torch_device
+from autoq.placement import (
+    STRATEGIES,
+    DeviceMap,
+    byte_count,
+    device_named,
+    parts_of,
+    present_device_map,
+    torch_device,
+)
 from autoq.quantization.calibration import CalibrationSet, load_calibration
 from autoq.quantization.pipeline import Quantizer, Run
 from autoq.quantization.ranks import Ranks, join_torchrun
@@ -87,6 +95,9 @@ class AutoQForCausalLM(nn.Module):
         Raises ArchitectureError if the family is not known, so that nothing is downloaded or loaded for nothing.
         """
         torch_dtype = kwargs.pop("dtype", torch_dtype)
+        _check_path("model_path", model_path)
+        if isinstance(device_map, str) and device_map not in ("disk", *STRATEGIES):
+            device_named(device_map)
         kwargs = _without_autoawq_options(kwargs, "from_pretrained")
         hub_options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
         try:
@@ -106,11 +117,22 @@ class AutoQForCausalLM(nn.Module):
                 raise TypeError(f"from_pretrained with device_map='disk' takes no keyword argument {others[0]!r}")
             return cls(leave_on_disk(find_checkpoint(model_path, **hub_options), config, torch_dtype))
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=torch_dtype, device_map=device_map, trust_remote_code=False, **kwargs
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                dtype=torch_dtype,
+                device_map=device_map,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **kwargs,
             )
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"the model in {model_path} cannot be loaded ({first_line(error)})") from error
+        model, found = loaded
+        if found["missing_keys"]:  # which transformers would leave at random
+            raise CheckpointError(
+                f"{model_path} has no tensor {min(found['missing_keys'])}; the checkpoint is incomplete or not of this "
+                "model"
+            )
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
             # One way of moving tensors, for full-precision models as for quantized ones.
             remove_hooks(model)
@@ -152,6 +174,7 @@ class AutoQForCausalLM(nn.Module):
 
         Raises CheckpointError when the checkpoint is incomplete, damaged, unsafe to read or not quantized.
         """
+        _check_path("quant_path", quant_path)
         if kv_cache_bits not in (None, 8):
             raise ConfigError(f"kv_cache_bits is {kv_cache_bits!r}; it should be 8, or None for the model's dtype")
         if not isinstance(fuse_layers, bool):
@@ -291,8 +314,8 @@ class AutoQForCausalLM(nn.Module):
                 "eval_data, and leave max_eval_samples above 0"
             )
         for name, path in (("work_dir", work_dir), ("statistics", statistics), ("awq_cache", awq_cache)):
-            if not isinstance(path, (str, Path, type(None))) or path == "":
-                raise ConfigError(f"{name} is {path!r}; it should be a path")
+            if path is not None:
+                _check_path(name, path)
         run = Run(
             devices=_devices(device),
             max_memory=None if max_memory is None else byte_count(max_memory, "max_memory"),
@@ -351,6 +374,7 @@ class AutoQForCausalLM(nn.Module):
         ignore_max_kl: save it even if its KL divergence is beyond the `max_kl` that `quantize` was given.
         Of several processes started by `torchrun`, the first writes.
         """
+        _check_path("save_dir", save_dir)
         if self._interrupted:
             raise ConfigError(_INTERRUPTED)
         if self.quant_config is None:
@@ -391,6 +415,11 @@ class AutoQForCausalLM(nn.Module):
         if isinstance(values, dict):
             return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
         return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def _check_path(name: str, path: Any) -> None:
+    if not isinstance(path, (str, Path)) or path == "":
+        raise ConfigError(f"{name} is {path!r}; it should be a path")
 
 
 def _devices(device: Any) -> list[torch.device]:

@@ -28,6 +28,9 @@ _SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+# What a save that fails leaves.
+_AS_IT_WAS = "What was there before is as it was"
+
 # Linux follows a hint only as far as its read-ahead window, which is this or more.
 _HINT = 2**17
 
@@ -221,7 +224,7 @@ class _ShardWriter:
         tensors = {
             name: tensor.clone() if tensor._base is not None else tensor for name, tensor in self._pending.items()
         }
-        with writing(self._directory.parent, "What was there before is as it was"):
+        with writing(self._directory.parent, _AS_IT_WAS):
             save_file(tensors, self._shard(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
@@ -258,7 +261,8 @@ def write_checkpoint(
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} exists and is not a directory; choose another place to save to")
     _refuse_to_replace_a_full_model(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    with writing(directory, "Nothing was there before"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
     with _staging_directory(directory) as staging:
         writer = _ShardWriter(staging, shard_bytes)
         for name, tensor in tensors:
@@ -294,7 +298,8 @@ def _staging_directory(directory: Path) -> Iterator[Path]:
     for leftover in parent.glob(f".{prefix}partial-*"):
         if not _is_running(leftover.name.split("-")[1]):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{prefix}partial-{os.getpid()}-", dir=parent))
+    with writing(directory, _AS_IT_WAS):
+        staging = Path(tempfile.mkdtemp(prefix=f".{prefix}partial-{os.getpid()}-", dir=parent))
     staging.chmod(0o777 & ~_umask())
     try:
         yield staging

@@ -120,6 +120,8 @@ def _model_card(config: QuantConfig, report: QuantizationReport | None) -> str:
     notes = ""
     if report is not None and report.held_out is not None:
         notes += f"\nOn {report.held_out}.\n"
+    if report is not None:
+        notes += f"\n`{REPORT}` says what became of each linear.\n"
     if config.scale_activations:
         notes += "\nIt contains scaled activations, which vLLM and SGLang cannot load.\n"
     if config.lm_head_bits is not None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from autoq import AutoQForCausalLM
-from autoq.errors import AutoQError
+from autoq.errors import AutoQError, ConfigError
 from autoq.evaluation import compare, perplexity
 
 
 def load(path: str) -> AutoQForCausalLM:
     """A quantized or a full-precision model, whichever is there."""
-    quantized = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) is not None
-    return AutoQForCausalLM.from_quantized(path) if quantized else AutoQForCausalLM.from_pretrained(path)
+    try:
+        return AutoQForCausalLM.from_pretrained(path)
+    except ConfigError:  # it is quantized
+        return AutoQForCausalLM.from_quantized(path)
 
 
 def main() -> None:
@@ -30,8 +32,8 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, help="use only the first windows of the text")
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if arguments.reference is None:
         result = perplexity(model, tokenizer, arguments.text, arguments.sequence_length, arguments.max_windows)
         print(f"perplexity {result.value:.4f} over {result.windows} windows, {result.tokens:,} tokens")

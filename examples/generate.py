@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--device-map", default="auto", help="auto, balanced, sequential, or a device")
     parser.add_argument("--max-memory", nargs="+", metavar="DEVICE=SIZE", help="what each device may hold")
     arguments = parser.parse_args()
+    if arguments.new_tokens < 1 or arguments.temperature < 0:
+        parser.error("--new-tokens should be at least 1, and --temperature at least 0")
     if not all("=" in entry for entry in arguments.max_memory or ()):
         parser.error("--max-memory takes entries such as 0=20GiB")
 
@@ -37,6 +39,8 @@ def main() -> None:
     if len(model.hf_device_map) > 1:
         print("\n".join(f"{part}: {device}" for part, device in model.hf_device_map.items()))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.chat and not tokenizer.chat_template:
+        parser.error(f"the tokenizer of {arguments.model} has no chat template; leave --chat out")
     if arguments.chat:
         messages = [{"role": "user", "content": arguments.prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -44,6 +48,8 @@ def main() -> None:
         )
     else:
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
+        parser.error("the prompt is empty")
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
     )

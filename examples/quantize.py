@@ -44,9 +44,14 @@ def main() -> None:
     parser.add_argument("--max-kl", type=float, help="save nothing if the KL divergence on held-out text is larger")
     arguments = parser.parse_args()
 
+    if Path(arguments.out).is_file():
+        parser.error(f"{arguments.out} is a file; OUT is a directory")
     Path(arguments.out).mkdir(parents=True, exist_ok=True)  # what cannot be made is better known before
     model = AutoQForCausalLM.from_pretrained(arguments.model, device_map="disk" if arguments.max_memory else None)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except ValueError:
+        raise SystemExit(f"error: {arguments.model} has no tokenizer that transformers can load") from None
     report = model.quantize(
         tokenizer,
         quant_config={

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Variant, quantized, samples, variant
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from autoq import AutoQForCausalLM
-from autoq.errors import ArchitectureError, AutoQError, ConfigError
+from autoq.errors import ArchitectureError, AutoQError, CalibrationError, CheckpointError, ConfigError
 from autoq.loading import load_quantized
 from autoq.nn import QuantLinear
 
@@ -199,8 +200,38 @@ def test_bad_max_memory(llama: Path, max_memory: Any) -> None:
 def test_wrong_kinds_of_arguments_get_a_sentence(llama: Path) -> None:
     with pytest.raises(ConfigError, match="fuse_layers is 'no'"):
         AutoQForCausalLM.from_quantized(llama, fuse_layers="no")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="tokenizer is 'gpt2'; it should be the model's tokenizer"):
+        AutoQForCausalLM(variant("llama-gqa").model()).quantize("gpt2", calib_data=["text"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"device_map asks for 'disc'.* or a dict"):
+        AutoQForCausalLM.from_pretrained(llama, device_map="disc")
     with pytest.raises(ConfigError, match="quant_config is 'w4'"):
         AutoQForCausalLM(variant("llama-gqa").model()).quantize(None, "w4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", ["", None, 3])
+def test_what_is_no_path_gets_a_sentence(bad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"model_path is .* it should be a path"):
+        AutoQForCausalLM.from_pretrained(bad)
+    with pytest.raises(ConfigError, match=r"quant_path is .* it should be a path"):
+        AutoQForCausalLM.from_quantized(bad)
+    model = quantized(variant("llama-gqa"))
+    with pytest.raises(ConfigError, match=r"save_dir is .* it should be a path"):
+        model.save_quantized(bad)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        model.save_quantized(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_precision_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    variant("llama-gqa").model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for device_map in (None, "disk"):
+        with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+            AutoQForCausalLM.from_pretrained(tmp_path, device_map=device_map)
 
 
 def test_save_pretrained_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, VARIANTS, Variant, quantized, samples, variant
 from torch import Tensor, nn
-from transformers import Qwen2Config
+from transformers import PreTrainedModel, Qwen2Config
 
 from autoq import AutoQForCausalLM, QuantConfig
 from autoq.architectures import architecture_of
@@ -18,9 +19,11 @@ from autoq.architectures.base import named_linears
 from autoq.errors import AutoQError, ConfigError, QuantizationError
 from autoq.nn import QuantLinear, ScaledActivation
 from autoq.placement import byte_count
+from autoq.quantization import activations as activations_module
 from autoq.quantization import search, tuning
 from autoq.quantization.activations import Activations, observe
 from autoq.quantization.plan import Plan
+from autoq.quantization.statistics import InputStatistics
 from autoq.quantization.weight import fake_quantize
 
 pytestmark = [
@@ -85,6 +88,33 @@ def test_low_precision_models_are_searched_in_fp32(dtype: torch.dtype) -> None:
     expected = _logits(case.model())
     plain = (_logits(case.model().to(dtype)) - expected).norm()
     assert (_logits(quantized(case, dtype=dtype, bits=8)) - expected).norm() < 1.5 * plain + 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_slow_dtypes_are_run_in_fp32(case: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without units for fp16 sees the numbers of an fp32 model that has the fp16 model's weights."""
+    seen = []
+    low = case.model().half()
+    full = copy.deepcopy(low).float()
+    monkeypatch.setattr(activations_module, "is_multiplied_in_fp32", lambda dtype, _device: dtype == torch.float16)
+
+    def statistics(model: PreTrainedModel) -> dict[str, InputStatistics]:
+        plan = Plan.of(model, QuantConfig(group_size=32))
+        activations = Activations(model, plan, samples())
+        block = plan.architecture.decoder_blocks(model)[0]
+        before = {name: value.dtype for name, value in block.state_dict().items()}
+        found = observe(block, activations, plan)
+        assert {name: value.dtype for name, value in block.state_dict().items()} == before
+        seen.append(activations.states.read(0).dtype)
+        return found
+
+    with torch.no_grad():
+        found, expected = statistics(low), statistics(full)
+    assert seen == [torch.float16, torch.float32]
+    for leader, entry in found.items():
+        # The block's input is rounded to fp16, and nothing behind it.
+        error = (entry.gram - expected[leader].gram).norm() / expected[leader].gram.norm()
+        assert error < 1e-3, leader
 
 
 def test_two_runs_are_identical() -> None:

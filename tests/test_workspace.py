@@ -252,6 +252,12 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
         quantize(model, statistics=tmp_path / "statistics", work_dir=tmp_path / "work")
     in_memory(case, work_dir=tmp_path / "work")
     other = tmp_path / "other"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").touch()
+    with pytest.raises(ConfigError, match="holds files that are not statistics"):
+        quantize(model, statistics=foreign)
+    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
     with pytest.raises(ConfigError, match="was begun without statistics"):
         quantize(model, statistics=other, work_dir=tmp_path / "work")
     assert not other.exists()

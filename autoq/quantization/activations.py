@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from autoq.architectures.base import named_linears
 from autoq.checkpoint import writing
 from autoq.errors import CheckpointError, QuantizationError
+from autoq.nn import QuantModule
 from autoq.nn.spread import home_of
 from autoq.quantization.plan import Plan
 from autoq.quantization.statistics import InputStatistics
@@ -153,11 +156,12 @@ class Activations:
 
     def advance(self, block: nn.Module, home: torch.device | None = None) -> None:
         """Sends the batches through the next block; what it makes of them is kept on the device `home`, if given."""
-        device = device_of(block)
+        device, forward = device_of(block), _forward_of(block)
         for number in range(len(self.batches)):
-            output = block(self.states.read(number).to(device), **self.keywords(number, device))
+            given = self.states.read(number).to(device)
+            output = forward(given, **self.keywords(number, device))
             hidden = output[0] if isinstance(output, tuple) else output
-            self.states.write(number, hidden.to(home or device))
+            self.states.write(number, hidden.to(home or device, given.dtype))
         if self.batches:
             self.states.advance()
 
@@ -251,6 +255,30 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def to_fp32(tensor: Tensor) -> Tensor:
     """The tensor in fp32, if it is of floating point."""
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def is_multiplied_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether linears of this dtype are run in fp32: on a processor that has no units for it, its products would take
+    many times as long (fp16's on most, bf16's on older ones)."""
+    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}.get(dtype)
+    if name is None or device.type != "cpu":
+        return False
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is None or not supported()
+
+
+def _forward_of(block: nn.Module) -> Callable[..., Any]:
+    """Runs a block, where its linears' dtype is slow with a copy of its weights in fp32."""
+    if not any(is_multiplied_in_fp32(linear.weight.dtype, linear.weight.device) for _, linear in named_linears(block)):
+        return block
+    quantized = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, QuantModule))
+    tensors = chain(block.named_parameters(), block.named_buffers())
+    precise = {name: to_fp32(tensor) for name, tensor in tensors if not name.startswith(quantized)}
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        return functional_call(block, precise, map_tensors(args, to_fp32), map_tensors(keywords, to_fp32))
+
+    return forward
 
 
 def device_of(module: nn.Module) -> torch.device:

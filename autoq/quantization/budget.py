@@ -23,7 +23,7 @@ from autoq.errors import ConfigError
 from autoq.nn.spread import is_offloaded
 from autoq.placement import megabytes, parts_of
 from autoq.quantization import awq, refinement
-from autoq.quantization.activations import leaders_of
+from autoq.quantization.activations import is_multiplied_in_fp32, leaders_of
 from autoq.quantization.plan import Plan
 from autoq.quantization.search import REPORTED_ROWS
 from autoq.quantization.streams import HELD_OUT_BATCH_TOKENS
@@ -150,6 +150,8 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     observing = grams + batch + (block + grams if load.processes > 1 and load.width > 1 else 0)
     if keeps_results:
         observing += results // len(blocks)
+    if is_multiplied_in_fp32(model.dtype, _device(model, load)):
+        observing += 4 * sum(weights)
     peak = max(block + max(observing, searching), head, logits)
     if load.device is not None and load.device.type != "cpu":
         peak = block  # the rest takes the memory of that device
@@ -191,19 +193,25 @@ def _seconds(model: PreTrainedModel, blocks: Iterable[nn.Module], plan: Plan, lo
         sums += weights * (6 * STEPS * min(tokens, plan.batch_tokens) + 2 * tokens)
     else:
         search /= load.processes
-    single, own = (_rate(dtype, load.device or model.device) for dtype in (torch.float32, model.dtype))
+    single, own = (_rate(dtype, _device(model, load)) for dtype in (torch.float32, model.dtype))
     return _OTHER_TIME * (forward / own + (sums + search) / single)
 
 
+def _device(model: PreTrainedModel, load: Load) -> torch.device:
+    """Where blocks are run."""
+    device = load.device or model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second in a matrix product, measured in some milliseconds."""
+    """Operations a second of a linear, measured in some milliseconds."""
     size = 1024
-    device = torch.device("cpu") if device.type == "meta" else device
+    dtype = torch.float32 if is_multiplied_in_fp32(dtype, device) else dtype
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # waits for a GPU
+        float((matrix @ matrix.T)[0, 0])  # waits for a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

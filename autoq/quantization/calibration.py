@@ -149,6 +149,10 @@ def load_calibration(
 
     Raises CalibrationError when the data is empty, missing, unreadable, of an unknown kind or not tokens of this model.
     """
+    if not (tokenizer is None or callable(tokenizer)):
+        raise CalibrationError(
+            f"tokenizer is {tokenizer!r}; it should be the model's tokenizer, as AutoTokenizer.from_pretrained gives it"
+        )
     for name, value in (("max_samples", max_samples), ("max_seq_len", max_seq_len)):
         if value < 1:
             raise CalibrationError(f"{name} is {value}; calibration needs at least 1")

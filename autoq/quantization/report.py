@@ -119,7 +119,7 @@ class QuantizationReport:
         lines = [
             f"{len(self.quantized)} linears quantized in {self.seconds:.0f} s, {len(self.skipped)} left as they are",
             self.calibration,
-            *([] if self.held_out is None else [str(self.held_out)]),
+            str(self.held_out or "not judged: no text was held out; eval_data takes some"),
             f"{'linear':48} bits group  error: nearest -> searched  tokens",
         ]
         for entry in self.linears if self.embeddings is None else [self.embeddings, *self.linears]:

@@ -233,6 +233,10 @@ class StatisticsStore:
         self.names: list[str] = []
         path = self.directory / self._FILE
         if not path.is_file():
+            if self.directory.is_dir() and any(self.directory.glob("[!.]*")):
+                raise ConfigError(
+                    f"{directory} holds files that are not statistics; give statistics a directory of its own"
+                )
             return
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
