@@ -31,6 +31,9 @@ UNIT = 32
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("exact", "int8")
 
+# Up to so many rows our kernel multiplies dense weights faster than torch.
+_FEW_DENSE_ROWS = 4
+
 # The reference dequantizes this many weights at a time, so that it needs no dense copy of a large layer.
 _REFERENCE_PANEL = 2**25
 
@@ -300,6 +303,7 @@ _library.define(
     "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor zeros, int bits, int num_embeddings, "
     "int embedding_dim, ScalarType dtype) -> Tensor"
 )
+_library.define("dense_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("pack_codes(Tensor codes, int bits) -> Tensor")
 
 
@@ -415,6 +419,14 @@ def _fake_embedding(
     return codes.new_empty((*ids.shape, embedding_dim), dtype=dtype)
 
 
+def _reference_dense_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(input, weight, bias)
+
+
+def _fake_dense_linear(input: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, codes, scales, zeros, _, bits, out_features, _ = inputs
     ctx.save_for_backward(codes, scales, zeros)
@@ -435,10 +447,12 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
 _library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
+_library.impl("dense_linear", _reference_dense_linear, "CompositeExplicitAutograd")
 _library.impl("pack_codes", _pack_codes, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
 torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
 torch.library.register_fake("autoq::embedding", _fake_embedding, lib=_library)
+torch.library.register_fake("autoq::dense_linear", _fake_dense_linear, lib=_library)
 torch.library.register_fake("autoq::pack_codes", _fake_pack_codes, lib=_library)
 torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
 _extension_problem = _load_extension()
@@ -488,6 +502,36 @@ def dequantize(
     except RuntimeError:
         _check_dequantize(packed, bits, out_features, in_features, dtype)
         raise
+
+
+def has_units(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has units for products in a dtype: few processors have them for fp16, older ones none for
+    bf16, and torch's products then take many times as long as in fp32."""
+    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}.get(dtype)
+    if name is None or device.type != "cpu":
+        return True
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and bool(supported())
+
+
+def dense_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`, by our kernel where that is faster: on a CPU, without gradients, for few rows
+    (these take as long as reading the weight), or for a dtype that the processor has no units for. Sums are in fp32.
+
+    input: fp32, bf16 or fp16 `[..., in]`; weight: `[out, in]` and bias: `[out]` or None, of its dtype.
+    Returns `[..., out]` in that dtype. Raises what torch does where shapes or dtypes do not fit.
+    """
+    rows = input.numel() // max(1, weight.shape[1])
+    ours = (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype in SUPPORTED_DTYPES
+        and (rows <= _FEW_DENSE_ROWS or not has_units(input.dtype, input.device))
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    function = torch.ops.autoq.dense_linear.default if ours else functional.linear
+    return function(input, weight, bias)
 
 
 def embedding(

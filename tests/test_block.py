@@ -23,7 +23,7 @@ from autoq.errors import ConfigError
 from autoq.nn import QuantLinear, block, steps
 from autoq.nn.block import FusedForward, fuse_blocks, unfuse_blocks
 from autoq.nn.cache import KVLayer
-from autoq.nn.linear import replace_module
+from autoq.nn.linear import DenseLinear, replace_module
 from autoq.quantization.weight import quantize
 
 
@@ -117,6 +117,18 @@ def test_fused_agrees_with_float64_as_unfused_does(variant: Variant, calls: list
             assert calls[0] == 2
             assert ours < bound
             assert ours < 1.6 * theirs + 2e-6, (dtype, batch, tokens)
+
+
+@pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)
+def test_the_head_goes_with_the_blocks(variant: Variant) -> None:
+    """Unless it is quantized."""
+    unfused, fused = pair(variant)
+    own, head = unfused.lm_head, fused.lm_head
+    assert (type(own), type(head)) == (nn.Linear, DenseLinear)
+    inputs = torch.randn(2, 1, head.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(head(inputs), own(inputs))
+    assert type(quantized(variant, lm_head_bits=8).model.lm_head) is QuantLinear
 
 
 @pytest.mark.parametrize("variant", FAMILIES, ids=lambda variant: variant.name)

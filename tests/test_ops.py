@@ -28,6 +28,7 @@ from operators import (
     run_linear,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from autoq import ops
 from autoq.errors import OperatorError
@@ -567,3 +568,39 @@ def test_an_extension_that_cannot_be_loaded_is_no_error(monkeypatch: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops._warn_once(torch.device("cpu"))
+
+
+# ---- linears that are not quantized ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (3, 40), (130, 100), (67, 512)])
+def test_dense_linear_agrees_with_float64(
+    out_features: int, in_features: int, dtype: torch.dtype, capability: str
+) -> None:
+    weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
+    for rows, bias in ((1, None), (2, torch.randn(out_features).to(dtype)), (5, None), (40, None)):
+        input = torch.randn(rows, in_features).to(dtype)
+        exact = functional.linear(input.double(), weight.double(), None if bias is None else bias.double())
+        found = torch.ops.autoq.dense_linear(input, weight, bias)
+        assert found.dtype == dtype
+        assert relative_error(found, exact) < (1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+        if EXTENSION is not None:  # a row does not depend on the others
+            alone = [torch.ops.autoq.dense_linear(row, weight, bias) for row in input]
+            assert torch.equal(torch.stack(alone), found)
+
+
+def test_dense_linear_takes_what_torch_takes() -> None:
+    weight, input = torch.randn(6, 8), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert ops.dense_linear(input[:, :0], weight, None).shape == (2, 0, 6)
+        torch.testing.assert_close(ops.dense_linear(input, weight, None), input @ weight.T)
+        strided = torch.randn(8, 6).T, torch.randn(8, 2).T
+        torch.testing.assert_close(ops.dense_linear(strided[1], strided[0], None), strided[1] @ strided[0].T)
+        assert ops.dense_linear(input.double(), weight.double(), None).dtype == torch.float64
+        with pytest.raises(RuntimeError):
+            ops.dense_linear(input[..., :7], weight, None)
+    weight.requires_grad_()
+    ops.dense_linear(input, weight, None).sum().backward()
+    assert weight.grad is not None
+    torch.library.opcheck(torch.ops.autoq.dense_linear.default, (input, weight.detach(), torch.randn(6)))

@@ -96,7 +96,7 @@ def test_slow_dtypes_are_run_in_fp32(case: Variant, monkeypatch: pytest.MonkeyPa
     seen = []
     low = case.model().half()
     full = copy.deepcopy(low).float()
-    monkeypatch.setattr(activations_module, "is_multiplied_in_fp32", lambda dtype, _device: dtype == torch.float16)
+    monkeypatch.setattr(activations_module, "has_units", lambda dtype, _device: dtype != torch.float16)
 
     def statistics(model: PreTrainedModel) -> dict[str, InputStatistics]:
         plan = Plan.of(model, QuantConfig(group_size=32))

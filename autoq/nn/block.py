@@ -32,7 +32,7 @@ from autoq.block_ops import (
 from autoq.nn.activation import ScaledActivation
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.held import HeldTensors
-from autoq.nn.linear import QuantLinear
+from autoq.nn.linear import DenseLinear, QuantLinear
 from autoq.nn.spread import is_mover
 from autoq.ops import LANES, MODES, PackedWeight
 
@@ -64,7 +64,8 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     quantized_cache: keys and values are kept in 8 bits.
 
     A block is left as it is when it is on a device without kernels, when its weights are on the disk, when some of its
-    linears are not quantized, or when projections that are read together cannot be one.
+    linears are not quantized, or when projections that are read together cannot be one. With the blocks goes the output
+    head, if it is not quantized: it becomes a DenseLinear.
     """
     if model.config.model_type not in known_model_types():
         return 0
@@ -79,14 +80,20 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
         if parts is not None:
             block.forward = FusedForward(block, model.config, parts, once, quantized_cache)
             fused += 1
+    head = model.get_output_embeddings()
+    if fused and type(head) is nn.Linear:
+        head.__class__ = DenseLinear
     return fused
 
 
 def unfuse_blocks(model: PreTrainedModel) -> None:
-    """Gives every decoder block its own forward back."""
+    """Gives every decoder block, and the head, its own forward back."""
     for block in architecture_of(model.config).decoder_blocks(model):
         if isinstance(block.__dict__.get("forward"), FusedForward):
             del block.forward
+    head: Any = model.get_output_embeddings()
+    if type(head) is DenseLinear:
+        head.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class _Parts:

@@ -109,6 +109,13 @@ class QuantLinear(QuantModule):
         return f"{shape}, bias={self.bias is not None}, {_settings_of(self.spec)}"
 
 
+class DenseLinear(nn.Linear):
+    """A linear that is not quantized, multiplied by `autoq.ops.dense_linear`; a plain one can become one in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dense_linear(x, self.weight, self.bias)
+
+
 class QuantEmbedding(QuantModule):
     """The rows of a quantized weight `[num_embeddings, embedding_dim]` that token ids ask for.
 

@@ -22,6 +22,7 @@ from autoq.checkpoint import writing
 from autoq.errors import CheckpointError, QuantizationError
 from autoq.nn import QuantModule
 from autoq.nn.spread import home_of
+from autoq.ops import has_units
 from autoq.quantization.plan import Plan
 from autoq.quantization.statistics import InputStatistics
 
@@ -257,19 +258,9 @@ def to_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def is_multiplied_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether linears of this dtype are run in fp32: on a processor that has no units for it, its products would take
-    many times as long (fp16's on most, bf16's on older ones)."""
-    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}.get(dtype)
-    if name is None or device.type != "cpu":
-        return False
-    supported = getattr(torch.ops.mkldnn, name, None)
-    return supported is None or not supported()
-
-
 def _forward_of(block: nn.Module) -> Callable[..., Any]:
-    """Runs a block, where its linears' dtype is slow with a copy of its weights in fp32."""
-    if not any(is_multiplied_in_fp32(linear.weight.dtype, linear.weight.device) for _, linear in named_linears(block)):
+    """Runs a block, with a copy of its weights in fp32 where the processor has no units for their dtype."""
+    if all(has_units(linear.weight.dtype, linear.weight.device) for _, linear in named_linears(block)):
         return block
     quantized = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, QuantModule))
     tensors = chain(block.named_parameters(), block.named_buffers())

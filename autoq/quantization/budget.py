@@ -21,9 +21,10 @@ from autoq.architectures.base import named_linears
 from autoq.config import LM_HEAD
 from autoq.errors import ConfigError
 from autoq.nn.spread import is_offloaded
+from autoq.ops import has_units
 from autoq.placement import megabytes, parts_of
 from autoq.quantization import awq, refinement
-from autoq.quantization.activations import is_multiplied_in_fp32, leaders_of
+from autoq.quantization.activations import leaders_of
 from autoq.quantization.plan import Plan
 from autoq.quantization.search import REPORTED_ROWS
 from autoq.quantization.streams import HELD_OUT_BATCH_TOKENS
@@ -150,7 +151,7 @@ def estimate(model: PreTrainedModel, plan: Plan, load: Load, in_memory: bool, ke
     observing = grams + batch + (block + grams if load.processes > 1 and load.width > 1 else 0)
     if keeps_results:
         observing += results // len(blocks)
-    if is_multiplied_in_fp32(model.dtype, _device(model, load)):
+    if not has_units(model.dtype, _device(model, load)):  # a copy in fp32
         observing += 4 * sum(weights)
     peak = max(block + max(observing, searching), head, logits)
     if load.device is not None and load.device.type != "cpu":
@@ -206,7 +207,7 @@ def _device(model: PreTrainedModel, load: Load) -> torch.device:
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a linear, measured in some milliseconds."""
     size = 1024
-    dtype = torch.float32 if is_multiplied_in_fp32(dtype, device) else dtype
+    dtype = dtype if has_units(dtype, device) else torch.float32
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(3):

@@ -1,4 +1,5 @@
-// The steps of a decoder block between its linears: norm, rotary positions, attention, activation. Knows no torch.
+// The steps of a decoder block between its linears: norm, rotary positions, attention, activation; and linears that are
+// not quantized. Knows no torch.
 //
 // Each instruction set fills in one table of them, from the same source (block_kernels.h). All arithmetic is fp32;
 // results are rounded once, to the dtype of the hidden states. Unlike the linears, the sets may differ in the last bit.
@@ -7,6 +8,16 @@
 #include "../block.h"
 
 namespace autoq::cpu {
+
+// output = input weight^T (+ bias), all of one dtype, row-major and contiguous; `bias` may be null.
+struct DenseProduct {
+    const void* input;   // [rows, columns]
+    const void* weight;  // [outputs, columns]
+    const void* bias;    // [outputs]
+    void* output;        // [rows, outputs]
+    Float dtype;
+    int64_t rows, columns, outputs;
+};
 
 struct BlockKernels {
     // Rows [begin, end) of width `columns`.
@@ -27,6 +38,8 @@ struct BlockKernels {
     // [first, first + tokens) of one sequence.
     void (*attend)(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first,
                    int64_t tokens);
+    // Outputs [begin, end) of all rows. A row's results do not depend on the others.
+    void (*multiply_dense)(const DenseProduct& product, int64_t begin, int64_t end);
 };
 
 extern const BlockKernels portable_block;

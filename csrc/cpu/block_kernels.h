@@ -5,8 +5,9 @@
 // Values are read and written in steps of a register; the last step of a row may be a part of one.
 template <class Step>
 AUTOQ_VECTOR void for_each_step(int64_t columns, Step&& step) {
-    for (int64_t column = 0; column < columns; column += 16)
-        step(column, columns - column < 16 ? columns - column : 16);
+    int64_t column = 0;
+    for (; column + 16 <= columns; column += 16) step(column, 16);
+    if (column < columns) step(column, columns - column);
 }
 
 // ---- norm --------------------------------------------------------------------------------------------------------
@@ -411,6 +412,72 @@ void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int6
     if (filled > 0) attend_queries<DTYPE>(input, batch, queries, filled);
 }
 
+// ---- dense linears -------------------------------------------------------------------------------------------------
+
+// Rows and outputs whose sums fit the registers together.
+constexpr int64_t kDenseRows = kRegisters == 1 ? 4 : 2;
+constexpr int64_t kDenseOutputs = 4;
+
+// `inputs` are the rows in fp32, each filled up with zeros to `padded` columns.
+template <Float DTYPE, int ROWS, int OUTPUTS>
+AUTOQ_VECTOR void multiply_dense_tile(const DenseProduct& product, const float* inputs, int64_t padded, int64_t row,
+                                      int64_t output) {
+    Lanes sums[ROWS][OUTPUTS] = {};
+    for_each_step(product.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes values[ROWS];
+        for (int r = 0; r < ROWS; ++r) values[r] = load<Float::kFloat32>(inputs, (row + r) * padded + column);
+        for (int o = 0; o < OUTPUTS; ++o) {
+            const int64_t place = (output + o) * product.columns + column;
+            const Lanes weight = load_some<DTYPE>(product.weight, place, count);
+            for (int r = 0; r < ROWS; ++r) sums[r][o] = multiply_add(values[r], weight, sums[r][o]);
+        }
+    });
+    for (int r = 0; r < ROWS; ++r) {
+        for (int o = 0; o < OUTPUTS; ++o) {
+            const float bias = product.bias ? load_float(product.bias, DTYPE, output + o) : 0.0f;
+            const int64_t place = (row + r) * product.outputs + output + o;
+            store_float(product.output, DTYPE, place, sum_of(sums[r][o]) + bias);
+        }
+    }
+}
+
+template <Float DTYPE, int OUTPUTS>
+void multiply_dense_outputs(const DenseProduct& product, const float* inputs, int64_t padded, int64_t output) {
+    // What comes after these outputs, while these are multiplied.
+    constexpr int64_t kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2;
+    const int64_t bytes = OUTPUTS * product.columns * kItemBytes, next = (output + OUTPUTS) * product.columns;
+    const char* ahead = static_cast<const char*>(product.weight) + next * kItemBytes;
+    if (output + 2 * OUTPUTS <= product.outputs) {
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+    }
+    int64_t row = 0;
+    for (; row + kDenseRows <= product.rows; row += kDenseRows) {
+        // As many sums as registers hold.
+        for (int64_t o = 0; o < OUTPUTS; o += kDenseRows) {
+            constexpr int kSome = OUTPUTS < kDenseRows ? OUTPUTS : kDenseRows;
+            multiply_dense_tile<DTYPE, kDenseRows, kSome>(product, inputs, padded, row, output + o);
+        }
+    }
+    for (; row < product.rows; ++row) multiply_dense_tile<DTYPE, 1, OUTPUTS>(product, inputs, padded, row, output);
+}
+
+template <Float DTYPE>
+void multiply_dense_rows(const DenseProduct& product, int64_t begin, int64_t end) {
+    const int64_t padded = (product.columns + 15) / 16 * 16;
+    float* inputs = floats_of_thread(static_cast<size_t>(product.rows * padded));
+    for (int64_t row = 0; row < product.rows; ++row) {
+        for_each_step(product.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            const Lanes values = load_some<DTYPE>(product.input, row * product.columns + column, count);
+            store<Float::kFloat32>(inputs, row * padded + column, values);
+        });
+    }
+    int64_t output = begin;
+    for (; output + kDenseOutputs <= end; output += kDenseOutputs) {
+        multiply_dense_outputs<DTYPE, kDenseOutputs>(product, inputs, padded, output);
+    }
+    for (; output < end; ++output) multiply_dense_outputs<DTYPE, 1>(product, inputs, padded, output);
+}
+
 // ---- the table ---------------------------------------------------------------------------------------------------
 
 void norm(const Norm& norm, const void* input, void* output, Float dtype, int64_t columns, int64_t begin, int64_t end) {
@@ -441,7 +508,11 @@ void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t co
     with_dtype(input.dtype, [&](auto kind) { attend_heads<kind()>(input, batch, head, count, first, tokens); });
 }
 
-constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend};
+void multiply_dense(const DenseProduct& product, int64_t begin, int64_t end) {
+    with_dtype(product.dtype, [&](auto kind) { multiply_dense_rows<kind()>(product, begin, end); });
+}
+
+constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend, multiply_dense};
 
 #undef AUTOQ_EACH_REGISTER
 #undef AUTOQ_VECTOR

@@ -177,9 +177,17 @@ AUTOQ_VECTOR void store_fp16(uint16_t* data, Register values) {
 
 // A register of values from bf16, and back, rounded to the nearest, ties to even.
 AUTOQ_VECTOR Register load_bf16(const uint16_t* data) {
+#if AUTOQ_LEVEL == 512
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+#elif AUTOQ_LEVEL == 256
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+#else
     ShortRegister bits;
     std::memcpy(&bits, data, sizeof bits);
     return reinterpret_cast<Register>(__builtin_convertvector(bits, WordRegister) << 16);
+#endif
 }
 
 AUTOQ_VECTOR void store_bf16(uint16_t* data, Register values) {

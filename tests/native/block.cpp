@@ -54,6 +54,33 @@ void test_add(const BlockKernels& kernels, const std::string& name, Float dtype,
     }
 }
 
+void test_dense(const BlockKernels& kernels, const std::string& name, Float dtype, int64_t columns) {
+    constexpr int64_t kOutputs = 11;
+    const Array input = Array::random(dtype, kRows * columns), weight = Array::random(dtype, kOutputs * columns);
+    const Array bias = Array::random(dtype, kOutputs);
+    for (bool biased : {false, true}) {
+        std::vector<double> expected(kRows * kOutputs, 0.0);
+        double magnitude = 1.0;
+        for (int64_t row = 0; row < kRows; ++row) {
+            for (int64_t o = 0; o < kOutputs; ++o) {
+                double& value = expected[static_cast<size_t>(row * kOutputs + o)];
+                for (int64_t i = 0; i < columns; ++i) {
+                    value += static_cast<double>(input[row * columns + i]) * weight[o * columns + i];
+                }
+                if (biased) value += bias[o];
+                magnitude = std::max(magnitude, std::abs(value));
+            }
+        }
+        Array output(dtype, kRows * kOutputs);
+        const DenseProduct product{input.data(),  weight.data(), biased ? bias.data() : nullptr,
+                                   output.data(), dtype,         kRows,
+                                   columns,       kOutputs};
+        kernels.multiply_dense(product, 0, 3);
+        kernels.multiply_dense(product, 3, kOutputs);
+        check_close(output, expected, magnitude * tolerance(dtype), name + " dense linear");
+    }
+}
+
 double activate(ActivationKind kind, double x) {
     switch (kind) {
         case ActivationKind::kRelu:
@@ -332,6 +359,7 @@ void test_block() {
                 test_norm(of_set, what, dtype, columns);
                 test_add(of_set, what, dtype, kRows * columns + 6);  // of one sum, cancellation may leave nothing
                 test_activation(of_set, what, dtype, columns);
+                test_dense(of_set, what, dtype, columns);
             }
         }
         test_attention(of_set, name);
