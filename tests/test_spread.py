@@ -527,12 +527,12 @@ def test_hooks_of_accelerate_give_way(monkeypatch: pytest.MonkeyPatch, tmp_path:
     load = AutoModelForCausalLM.from_pretrained
 
     def dispatched(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **{**kwargs, "device_map": None})
+        model, found = load(*args, **{**kwargs, "device_map": None})
         for part in _names(model):
             for module in model.get_submodule(part).modules():
                 add_hook_to_module(module, AlignDevicesHook("cpu"))
         model.hf_device_map = dict(zip(_names(model), [0, 0, 0, 1, 1, 1], strict=True))
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", dispatched)
     model = AutoQForCausalLM.from_pretrained(tmp_path, device_map="auto")
