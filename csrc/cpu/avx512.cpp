@@ -288,17 +288,31 @@ AUTOQ_TARGET void unpack_block(const PackedWeight& weight, const ColumnBlock& bl
     }
 }
 
+// Adds to each of 16 sums the products of two words, or four bytes, of a row with as many weights. As `add_products`,
+// assembly for want of a compiler that leaves sums where they are.
+template <Element ELEMENT>
+AUTOQ_INLINE void add_tile_products(__m512i& sums, __m512i of_row, __m512i weights) {
+    if constexpr (ELEMENT == Element::kByte) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(of_row), "v"(weights));
+    } else {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(of_row), "v"(weights));
+    }
+}
+
 // The integer sums of a block for `ROWS` rows and 16 * `COLUMNS` outputs. Four bytes of a row, two words or four bytes,
 // are broadcast to multiply with as many weights of each of 16 outputs.
 template <Element ELEMENT, int ROWS, int COLUMNS>
 AUTOQ_INLINE void dot_tiles(const uint8_t* values, int64_t value_tile, const uint8_t* weights, int64_t steps,
                             __m512i (&dots)[ROWS][COLUMNS]) {
-    for (auto& of_row : dots)
-        for (__m512i& dot : of_row) dot = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) dots[r][c] = _mm512_setzero_si512();
     for (; steps > 0; steps -= 16, values += value_tile, weights += kTileBytes) {
         const int64_t tile_steps = steps < 16 ? steps : 16;
         for (int64_t step = 0; step < tile_steps; ++step) {
             __m512i four[COLUMNS];
+#pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) {
                 four[c] = _mm512_load_si512(weights + c * kSliceTiles * kTileBytes + step * 64);
             }
@@ -306,45 +320,70 @@ AUTOQ_INLINE void dot_tiles(const uint8_t* values, int64_t value_tile, const uin
             for (int r = 0; r < ROWS; ++r) {
                 int32_t of_row;
                 std::memcpy(&of_row, values + r * 64 + step * 4, 4);
-                for (int c = 0; c < COLUMNS; ++c) {
-                    dots[r][c] = ELEMENT == Element::kByte
-                                     ? _mm512_dpbusd_epi32(dots[r][c], _mm512_set1_epi32(of_row), four[c])
-                                     : _mm512_dpwssd_epi32(dots[r][c], _mm512_set1_epi32(of_row), four[c]);
-                }
+                const __m512i broadcast = _mm512_set1_epi32(of_row);
+#pragma GCC unroll 2
+                for (int c = 0; c < COLUMNS; ++c) add_tile_products<ELEMENT>(dots[r][c], broadcast, four[c]);
             }
+        }
+    }
+}
+
+// What the weights in the tiles lack of their differences from the zeros; `words` from one row's parameters to the
+// next.
+template <int ROWS, int COLUMNS>
+AUTOQ_INLINE void add_shifts(__m512i (&dots)[ROWS][COLUMNS], const OutputBlock* const (&outputs)[COLUMNS],
+                             const RowBlock* parameters, int words) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        const __m512i sum = _mm512_set1_epi32(parameters[r * words].sum);
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) {
+            const __m512i shifts = _mm512_load_si512(outputs[c]->shifts);
+            dots[r][c] = _mm512_add_epi32(dots[r][c], _mm512_mullo_epi32(shifts, sum));
+        }
+    }
+}
+
+// The end of a block: adds to the results what its sums give.
+template <Element ELEMENT, int ROWS, int COLUMNS>
+AUTOQ_INLINE void add_block(const __m512i (&dots)[ROWS][COLUMNS], const OutputBlock* const (&outputs)[COLUMNS],
+                            const RowBlock* parameters, int words, float* const (&results)[COLUMNS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        const RowBlock& of_row = parameters[r * words];
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) {
+            __m512 value = _mm512_cvtepi32_ps(dots[r][c]);
+            if (ELEMENT == Element::kByte) {
+                const __m512 sums = _mm512_load_ps(outputs[c]->sums);
+                value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row.zero_point), sums, value);
+            }
+            value = _mm512_mul_ps(value, _mm512_set1_ps(of_row.scale));
+            float* result = results[c] + r * kLanes;
+            const __m512 scales = _mm512_load_ps(outputs[c]->scales);
+            _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, _mm512_load_ps(result)));
         }
     }
 }
 
 template <Element ELEMENT, int ROWS, int COLUMNS>
 AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block) {
+    const bool shifted = ELEMENT == Element::kByte && panel.weight->bits == 8;
+    const int words = rows.rounding.words;
+    float* results[COLUMNS];  // of the first row; the others follow it, since they are in one tile
+    for (int c = 0; c < COLUMNS; ++c) results[c] = panel.result(row, row_block + c);
     for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
         const ColumnBlock& block = rows.blocks[i];
         const uint8_t* values = rows.row(row, block);
-        const bool shifted = ELEMENT == Element::kByte && panel.weight->bits == 8;
-        for (int word = 0; word < rows.rounding.words; ++word) {
+        const RowBlock* parameters = rows.row_block(row, i);
+        const OutputBlock* outputs[COLUMNS];
+        for (int c = 0; c < COLUMNS; ++c) outputs[c] = &panel.output(row_block + c, i);
+        for (int word = 0; word < words; ++word, ++parameters) {
             __m512i dots[ROWS][COLUMNS];
             dot_tiles<ELEMENT>(values + word * kTileBytes, rows.planes * kTileBytes, panel.tile(row_block, block),
                                rows.steps(block), dots);
-            for (int r = 0; r < ROWS; ++r) {
-                const RowBlock& of_row = rows.row_block(row + r, i)[word];
-                for (int c = 0; c < COLUMNS; ++c) {
-                    const OutputBlock& output = panel.output(row_block + c, i);
-                    if (shifted) {
-                        const __m512i shifts = _mm512_load_si512(output.shifts);
-                        dots[r][c] =
-                            _mm512_add_epi32(dots[r][c], _mm512_mullo_epi32(shifts, _mm512_set1_epi32(of_row.sum)));
-                    }
-                    __m512 value = _mm512_cvtepi32_ps(dots[r][c]);
-                    if (ELEMENT == Element::kByte) {
-                        value = _mm512_fnmadd_ps(_mm512_set1_ps(of_row.zero_point), _mm512_load_ps(output.sums), value);
-                    }
-                    value = _mm512_mul_ps(value, _mm512_set1_ps(of_row.scale));
-                    float* result = panel.result(row + r, row_block + c);
-                    const __m512 scales = _mm512_load_ps(output.scales);
-                    _mm512_store_ps(result, _mm512_fmadd_ps(value, scales, _mm512_load_ps(result)));
-                }
-            }
+            if (shifted) add_shifts(dots, outputs, parameters, words);
+            add_block<ELEMENT>(dots, outputs, parameters, words, results);
         }
     }
 }
