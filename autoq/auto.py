@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoq.architectures import architecture_of
+from autoq.checkpoint import lacks_tensor
 from autoq.config import QuantConfig
 from autoq.errors import CalibrationError, CheckpointError, ConfigError, first_line
 from autoq.evaluation.perplexity import context_length
@@ -96,8 +97,8 @@ class AutoQForCausalLM(nn.Module):
         """
         torch_dtype = kwargs.pop("dtype", torch_dtype)
         _check_path("model_path", model_path)
-        if isinstance(device_map, str) and device_map not in ("disk", *STRATEGIES):
-            device_named(device_map)
+        if isinstance(device_map, str) and device_map not in STRATEGIES:
+            device_named(device_map)  # or a sentence
         kwargs = _without_autoawq_options(kwargs, "from_pretrained")
         hub_options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
         try:
@@ -129,10 +130,7 @@ class AutoQForCausalLM(nn.Module):
             raise CheckpointError(f"the model in {model_path} cannot be loaded ({first_line(error)})") from error
         model, found = loaded
         if found["missing_keys"]:  # which transformers would leave at random
-            raise CheckpointError(
-                f"{model_path} has no tensor {min(found['missing_keys'])}; the checkpoint is incomplete or not of this "
-                "model"
-            )
+            raise lacks_tensor(model_path, min(found["missing_keys"]))
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and not is_offloaded(model):
             # One way of moving tensors, for full-precision models as for quantized ones.
             remove_hooks(model)

@@ -53,6 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def lacks_tensor(place: str | Path, name: str) -> CheckpointError:
+    """The error of a checkpoint without a tensor that its model has."""
+    return CheckpointError(f"{place} has no tensor {name}; the checkpoint is incomplete or not of this model")
+
+
 @contextmanager
 def writing(path: Path, kept: str) -> Iterator[None]:
     """While open, a file or directory is written; raises CheckpointError where that fails, as on a full disk.
@@ -161,9 +166,7 @@ class CheckpointReader:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         if name not in self._files:
-            raise CheckpointError(
-                f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model"
-            )
+            raise lacks_tensor(self.directory, name)
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
@@ -187,9 +190,7 @@ class CheckpointReader:
         """Raises CheckpointError unless the tensor exists with this dtype and shape."""
         found = self.specs.get(name)
         if found is None:
-            raise CheckpointError(
-                f"{self.directory} has no tensor {name}; the checkpoint is incomplete or not of this model"
-            )
+            raise lacks_tensor(self.directory, name)
         if found != wanted:
             raise CheckpointError(
                 f"{self.directory}: the tensor {name} is {found.dtype} of shape {list(found.shape)}, where the config "

@@ -14,7 +14,7 @@ namespace {
 
 // Rows that go through the weight together: in fp32 they stay in the second-level cache.
 constexpr int64_t kRowsAtATime = 32;
-// Outputs that a thread takes at once: enough for a row of the memory's pages, few enough for an even division.
+// Outputs that a thread takes at once: the input is made fp32 again for each range, which so many products outweigh.
 constexpr int64_t kOutputsAtATime = 64;
 
 void check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
