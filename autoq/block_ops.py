@@ -15,6 +15,7 @@ may be. The mask and the bias have `past + tokens` positions in either case.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -361,3 +362,40 @@ decoder_blocks = torch.ops.autoq.decoder_blocks.default
 SHARED_ARGUMENTS = tuple(
     i for i, argument in enumerate(decoder_blocks._schema.arguments) if not isinstance(argument.type, torch.ListType)
 )
+
+
+class KeptBlocks:
+    """`decoder_blocks` of the same blocks and caches for one step after another, on the CPU.
+
+    The native operator looks their tensors up and checks them once, and keeps the memory of the activations. The
+    tensors must stay where they are. One thread at a time may call it.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        """arguments: those of a call of `decoder_blocks`; hidden states to come have the same shape and dtype."""
+        hidden, keys, values, key_scales, value_scales, past, _, _, _, _, tensors, settings, constants, *_ = arguments
+        self.count = len(keys)
+        self._number: int = torch.ops.autoq.keep_decoder_blocks.default(
+            hidden, keys, values, key_scales, value_scales, past, tensors, settings, constants
+        )
+        weakref.finalize(self, torch.ops.autoq.drop_decoder_blocks.default, self._number)
+
+    @staticmethod
+    def can_be_made(device: torch.device) -> bool:
+        """Whether the native operator is there."""
+        return device.type == "cpu" and ops.extension_missing() is None
+
+    def __call__(
+        self, hidden: Tensor, cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+        length: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        output: Tensor = torch.ops.autoq.kept_decoder_blocks.default(
+            hidden, self._number, cosines, sines, mask, bias, length
+        )
+        return output
+
+    @staticmethod
+    def changing(arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Of the arguments of a call of `decoder_blocks` those that a call of this takes."""
+        hidden, _, _, _, _, _, cosines, sines, mask, bias, _, _, _, *length = arguments
+        return (hidden, cosines, sines, mask, bias, length[0] if length else None)

@@ -3,12 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 
 #ifndef AUTOQ_CUDA_ARCHITECTURES
 #define AUTOQ_CUDA_ARCHITECTURES ""
 #endif
+
+namespace py = pybind11;
 
 namespace {
 
@@ -25,6 +29,58 @@ std::map<std::string, bool> cpu_features() {
     return found;
 }
 
+// What dicts hold, all of it or what is under some names, and whether they still hold the very same objects. Python
+// would fetch every object from memory to count its references.
+class Contents {
+  public:
+    Contents(const py::iterable& dicts, const std::optional<std::vector<py::object>>& names)
+        : names_(names.value_or(std::vector<py::object>())), whole_(!names) {
+        for (const py::handle each : dicts) {
+            dicts_.push_back(py::reinterpret_borrow<py::dict>(each));
+            if (whole_) sizes_.push_back(PyDict_Size(each.ptr()));
+        }
+        visit([this](PyObject* value) {
+            values_.push_back(py::reinterpret_borrow<py::object>(value));
+            return true;
+        });
+    }
+
+    bool are_current() const {
+        if (whole_) {
+            for (size_t i = 0; i < dicts_.size(); ++i) {
+                if (PyDict_Size(dicts_[i].ptr()) != sizes_[i]) return false;
+            }
+        }
+        auto value = values_.begin();
+        return visit([&](PyObject* found) { return found == (value++)->ptr(); });
+    }
+
+    std::vector<py::object> values() const { return values_; }
+
+  private:
+    // Shows `see` one value after the other, null for a name that is not there, as long as that returns true.
+    template <class See>
+    bool visit(const See& see) const {
+        for (const py::dict& dict : dicts_) {
+            PyObject *key, *value;
+            Py_ssize_t position = 0;
+            while (whole_ && PyDict_Next(dict.ptr(), &position, &key, &value)) {
+                if (!see(value)) return false;
+            }
+            for (const py::object& name : names_) {
+                if (!see(PyDict_GetItemWithError(dict.ptr(), name.ptr()))) return false;
+            }
+        }
+        return true;
+    }
+
+    std::vector<py::dict> dicts_;
+    std::vector<py::object> names_;
+    bool whole_;
+    std::vector<Py_ssize_t> sizes_;
+    std::vector<py::object> values_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -33,6 +89,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("cpu_features", &cpu_features, "Which instruction sets this processor has.");
     m.def("cpu_capabilities", &autoq::cpu::capabilities, "The kernels that this processor can run, slowest first.");
     m.def("cpu_capability", &autoq::cpu::capability, "The kernels in use.");
-    m.def("set_cpu_capability", &autoq::cpu::set_capability, pybind11::arg("name"),
+    m.def("set_cpu_capability", &autoq::cpu::set_capability, py::arg("name"),
           "Chooses the kernels by name, for the whole process. Raises ValueError if the processor cannot run them.");
+    py::class_<Contents>(m, "Contents")
+        .def(py::init<const py::iterable&, const std::optional<std::vector<py::object>>&>(), py::arg("dicts"),
+             py::arg("names") = py::none())
+        .def("are_current", &Contents::are_current)
+        .def_property_readonly("values", &Contents::values);
 }

@@ -1,10 +1,13 @@
 // Decoder blocks of any family in one call, on any device: norm, q/k/v, attention over the cache, output projection,
 // norm, MLP, residuals. What the families differ in are the settings; their meaning, their order and the reference in
 // plain torch are in autoq/block_ops.py. The steps are the device's (block_device.h).
+//
+// All that stays the same from token to token is looked up and checked once (`Block`). Decoding goes through the whole
+// weight between one token and the next, so every line of memory that is not in it has to be fetched anew, and asking
+// torch for the sizes of five hundred tensors took longer than a tenth of the weight.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <utility>
 
 #include "block_device.h"
 
@@ -53,89 +56,233 @@ enum Setting {
 
 enum Constant { kEpsilon1, kEpsilon2, kHeadEpsilon, kScale, kClip, kConstants };
 
+using Settings = std::array<int64_t, kSettings>;
+
+Settings checked(const Settings& settings) {
+    // Small enough that no product of them overflows.
+    for (const int64_t setting : settings) {
+        STD_TORCH_CHECK(setting >= 0 && setting < (int64_t{1} << 28), "autoq::decoder_blocks: the setting ", setting,
+                        " is out of its range");
+    }
+    STD_TORCH_CHECK(settings[kArrangement] <= 3 && settings[kNormKind] <= 1 && settings[kActivation] <= 4 &&
+                        settings[kRotaryKind] <= 2 && settings[kIntermediate] > 0,
+                    "autoq::decoder_blocks: a setting is out of its range");
+    return settings;
+}
+
+HeadLayout checked(const HeadLayout& layout) {
+    const int64_t head = layout.head_dim;
+    STD_TORCH_CHECK(layout.heads > 0 && layout.kv_heads > 0 && layout.heads % layout.kv_heads == 0 && head > 0 &&
+                        head <= kMaxHeadDim && layout.queries_per_group > 0,
+                    "autoq::decoder_blocks: ", layout.heads, " heads, ", layout.kv_heads,
+                    " key heads and a head size of ", head, " do not go together");
+    const auto check_start = [&](int64_t start) {
+        STD_TORCH_CHECK(start + head <= layout.row_size(), "autoq::decoder_blocks: the head layout leaves the row of ",
+                        layout.row_size(), " values");
+    };
+    for (int64_t h = 0; h < layout.heads; ++h) check_start(layout.query(h));
+    for (int64_t g = 0; g < layout.kv_heads; ++g) {
+        check_start(layout.key(g));
+        check_start(layout.value(g));
+    }
+    return layout;
+}
+
+CacheView cache_view(const Tensor& cache, const std::optional<Tensor>& scales) {
+    float* data = scales ? static_cast<float*>(scales->data_ptr()) : nullptr;
+    return {cache.data_ptr(), data, cache.size(1), cache.size(2)};
+}
+
+}  // namespace
+
+// One decoder block: what its tensors and settings say, checked, and the memory where they are.
 struct Block {
-    const BlockDevice& device;
-    const Tensor* tensors;
-    const int64_t* settings;
-    const double* constants;
-    Float dtype;
+    std::vector<Tensor> tensors;
+    Settings settings;
+    std::array<double, kConstants> constants;
+    HeadLayout layout;
+    Tensor keys, values;
+    std::optional<Tensor> key_scales, value_scales;
+    Norm norm1, norm2;
+    Projection qkv, output, up, down;
+    const void* activation_scales;
+    AttentionInput attention{};  // as far as it is the same for every step
+
+    Block(const BlockDevice& device, const Tensor& hidden, const BlocksArguments& given, size_t index)
+        : tensors(given.tensors.begin() + index * kPlaces, given.tensors.begin() + (index + 1) * kPlaces),
+          settings(checked(part<int64_t, kSettings>(given.settings, index))),
+          constants(part<double, kConstants>(given.constants, index)),
+          layout(checked(HeadLayout{settings[kHeads], settings[kKvHeads], settings[kHeadDim],
+                                    settings[kQueriesPerGroup], settings[kGroupStride], settings[kKeyOffset],
+                                    settings[kValueOffset], settings[kKvStride]})),
+          keys(given.keys[index]),
+          values(given.values[index]),
+          key_scales(scales_of(given.key_scales, index)),
+          value_scales(scales_of(given.value_scales, index)),
+          norm1(norm(kNorm1, kEpsilon1)),
+          norm2(norm(kNorm2, kEpsilon2)),
+          qkv(projection(hidden, kQkv, kQkvBits, hidden.size(2), layout.row_size())),
+          output(projection(hidden, kOutput, kOutputBits, layout.heads * layout.head_dim, hidden.size(2))),
+          up(projection(hidden, kUp, kUpBits, hidden.size(2), settings[kIntermediate] * (is_gated() ? 2 : 1))),
+          down(projection(hidden, kDown, kDownBits, settings[kIntermediate], hidden.size(2))),
+          activation_scales(data(kActScales)) {
+        check_vectors(device, hidden);
+        check_cache(device, hidden, keys, key_scales, "keys", given.past);
+        check_cache(device, hidden, values, value_scales, "values", given.past);
+        attention.layout = layout;
+        attention.dtype = float_of(hidden.scalar_type());
+        attention.batch = hidden.size(0);
+        attention.tokens = hidden.size(1);
+        attention.clip = static_cast<float>(constants[kClip]);
+        attention.query_norm = head_norm(kQueryNorm);
+        attention.key_norm = head_norm(kKeyNorm);
+        attention.rotary.kind = static_cast<RotaryKind>(settings[kRotaryKind]);
+        attention.keys = cache_view(keys, key_scales);
+        attention.values = cache_view(values, value_scales);
+        attention.scale = static_cast<float>(constants[kScale]);
+    }
 
     bool has(int place) const { return tensors[place].numel() > 0; }
     const void* data(int place) const { return has(place) ? tensors[place].data_ptr() : nullptr; }
-    int64_t setting(Setting setting) const { return settings[setting]; }
-    float constant(Constant constant) const { return static_cast<float>(constants[constant]); }
+    bool is_gated() const { return settings[kGated] != 0; }
+    Arrangement arrangement() const { return static_cast<Arrangement>(settings[kArrangement]); }
+
+  private:
+    template <class T, size_t SIZE>
+    static std::array<T, SIZE> part(const std::vector<T>& all, size_t index) {
+        std::array<T, SIZE> own;
+        std::copy_n(all.begin() + index * SIZE, SIZE, own.begin());
+        return own;
+    }
+
+    static std::optional<Tensor> scales_of(const std::vector<Tensor>& all, size_t index) {
+        return all.empty() ? std::nullopt : std::optional<Tensor>(all[index]);
+    }
 
     Norm norm(int place, Constant epsilon) const {
-        return {static_cast<NormKind>(setting(kNormKind)), data(place), data(place + 1), constant(epsilon)};
+        const auto kind = static_cast<NormKind>(settings[kNormKind]);
+        return {kind, data(place), data(place + 1), static_cast<float>(constants[epsilon])};
     }
 
-    Norm head_norm(int place) const { return {NormKind::kRms, data(place), nullptr, constant(kHeadEpsilon)}; }
+    Norm head_norm(int place) const {
+        return {NormKind::kRms, data(place), nullptr, static_cast<float>(constants[kHeadEpsilon])};
+    }
 
-    Tensor project(const Tensor& input, int place, Setting bits, int64_t out_features) const {
+    Projection projection(const Tensor& hidden, int place, Setting bits, int64_t in_features,
+                          int64_t out_features) const {
         std::optional<Tensor> bias;
-        if (has(place + 3)) bias = tensors[place + 3];
-        return device.linear(input, tensors[place], tensors[place + 1], tensors[place + 2], bias, setting(bits),
-                             out_features, setting(kInt8) != 0 ? "int8" : "exact");
+        if (has(place + 3)) bias = make_contiguous(tensors[place + 3]);
+        check_linear(hidden, bias, out_features, "exact");
+        return {PackedTensors(tensors[place], tensors[place + 1], tensors[place + 2], settings[bits], out_features,
+                              in_features),
+                bias, settings[kInt8] != 0};
     }
 
-    HeadLayout heads() const {
-        return {setting(kHeads),       setting(kKvHeads),   setting(kHeadDim),     setting(kQueriesPerGroup),
-                setting(kGroupStride), setting(kKeyOffset), setting(kValueOffset), setting(kKvStride)};
+    void check_vectors(const BlockDevice& device, const Tensor& hidden) const {
+        const int64_t columns = hidden.size(2);
+        const std::pair<int, int64_t> vectors[] = {{kNorm1, columns},
+                                                   {kNorm1 + 1, columns},
+                                                   {kNorm2, columns},
+                                                   {kNorm2 + 1, columns},
+                                                   {kActScales, settings[kIntermediate]},
+                                                   {kQueryNorm, layout.head_dim},
+                                                   {kKeyNorm, layout.head_dim}};
+        for (const auto& [place, size] : vectors) {
+            if (!has(place)) continue;
+            const Tensor& vector = tensors[place];
+            STD_TORCH_CHECK(device.holds(vector) && vector.scalar_type() == hidden.scalar_type() && vector.dim() == 1 &&
+                                vector.size(0) == size && vector.is_contiguous(),
+                            "autoq::decoder_blocks: tensor ", place, " must be a contiguous vector of ", size,
+                            " values on ", device.name(), " in the dtype of the hidden states");
+        }
+        for (const Projection* linear : {&qkv, &output, &up, &down}) {
+            const PackedTensors& packed = linear->packed;
+            STD_TORCH_CHECK(device.holds(packed.codes) && device.holds(packed.scales) && device.holds(packed.zeros),
+                            "autoq::decoder_blocks: codes, scales and zeros must be on ", device.name(),
+                            ", as the hidden states are; move them there");
+        }
+    }
+
+    void check_cache(const BlockDevice& device, const Tensor& hidden, const Tensor& cache,
+                     const std::optional<Tensor>& scales, const char* name, int64_t past) const {
+        const ScalarType wanted = scales ? ScalarType::Char : hidden.scalar_type();
+        STD_TORCH_CHECK(device.holds(cache) && cache.scalar_type() == wanted, "autoq::decoder_blocks: ", name,
+                        " must be on ", device.name(),
+                        " and have the dtype of the hidden states, or be int8 with scales");
+        STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == hidden.size(0) && cache.size(1) == layout.kv_heads &&
+                            cache.size(3) == layout.head_dim && cache.is_contiguous(),
+                        "autoq::decoder_blocks: ", name, " must be contiguous and have the shape [", hidden.size(0),
+                        ", ", layout.kv_heads, ", capacity, ", layout.head_dim, "]");
+        STD_TORCH_CHECK(past >= 0 && past + hidden.size(1) <= cache.size(2), "autoq::decoder_blocks: ", name,
+                        " has room for ", cache.size(2), " positions, but ", past, " are taken and ", hidden.size(1),
+                        " come; make the cache larger");
+        if (!scales) return;
+        STD_TORCH_CHECK(device.holds(*scales) && scales->scalar_type() == ScalarType::Float && scales->dim() == 3 &&
+                            scales->size(0) == cache.size(0) && scales->size(1) == cache.size(1) &&
+                            scales->size(2) == cache.size(2) && scales->is_contiguous(),
+                        "autoq::decoder_blocks: the scales of the ", name,
+                        " must be contiguous float32 [batch, heads, capacity] on ", device.name());
     }
 };
 
-// The caches of a block, and what all blocks are given.
-struct Context {
-    const Tensor& keys;
-    const Tensor& values;
-    const std::optional<Tensor> key_scales;
-    const std::optional<Tensor> value_scales;
-    const BlocksArguments& given;
+namespace {
+
+// A block at work.
+struct Run {
+    const BlockDevice& device;
+    const Block& block;
+    const StepArguments& step;
+    AttentionInput attention;
+    Workspace& workspace;
+
+    const Tensor& like() const { return step.hidden; }
+    Values project(const Values& input, const Projection& projection) const {
+        return device.linear(input, projection, workspace);
+    }
 };
 
 // ---- steps -------------------------------------------------------------------------------------------------------
 
-Tensor apply_norm(const Block& block, const Tensor& input, int place, Constant epsilon) {
-    Tensor output = torch::stable::empty_like(input);
-    block.device.norm(block.norm(place, epsilon), input, output);
+Values apply_norm(const Run& run, const Norm& norm, const Values& input) {
+    Values output = run.workspace.empty(run.like(), input->columns);
+    run.device.norm(norm, *input, *output);
     return output;
 }
 
-void check_part(const Tensor& whole, const Tensor& part) {
-    STD_TORCH_CHECK(part.scalar_type() == whole.scalar_type() && part.numel() == whole.numel(),
+void check_part(const Buffer& whole, const Buffer& part) {
+    STD_TORCH_CHECK(part.dtype == whole.dtype && part.rows == whole.rows && part.columns == whole.columns,
                     "autoq::decoder_blocks: a part of the block changed the dtype; leave autocast out");
 }
 
 // The sum, in the memory of `last`.
-Tensor add(const Block& block, const Tensor& first, const Tensor* second, const Tensor& last) {
-    check_part(first, last);
-    block.device.add(first, second, last);
+Values add(const Run& run, const Values& first, const Values& second, const Values& last) {
+    check_part(*first, *last);
+    run.device.add(*first, second.get(), *last);
     return last;
 }
 
 // The sum, in the memory of `last`, and its norm.
-std::pair<Tensor, Tensor> add_and_norm(const Block& block, const Tensor& first, const Tensor& last, int place,
-                                       Constant epsilon) {
-    check_part(first, last);
-    Tensor output = torch::stable::empty_like(last);
-    block.device.add_and_norm(block.norm(place, epsilon), first, last, output);
+std::pair<Values, Values> add_and_norm(const Run& run, const Norm& norm, const Values& first, const Values& last) {
+    check_part(*first, *last);
+    Values output = run.workspace.empty(run.like(), last->columns);
+    run.device.add_and_norm(norm, *first, *last, *output);
     return {last, output};
 }
 
-Tensor multilayer_perceptron(const Block& block, const Tensor& input) {
-    const int64_t columns = block.setting(kIntermediate);
-    const bool gated = block.setting(kGated) != 0;
-    const Tensor up = block.project(input, kUp, kUpBits, gated ? 2 * columns : columns);
-    const Tensor active = gated ? torch::stable::new_empty(up, {input.size(0), input.size(1), columns}) : up;
-    const auto kind = static_cast<ActivationKind>(block.setting(kActivation));
-    block.device.activate(kind, gated, up, block.data(kActScales), active);
-    return block.project(active, kDown, kDownBits, input.size(2));
+Values multilayer_perceptron(const Run& run, const Values& input) {
+    const Block& block = run.block;
+    const Values up = run.project(input, block.up);
+    const bool gated = block.is_gated();
+    const Values active = gated ? run.workspace.empty(run.like(), block.settings[kIntermediate]) : up;
+    const auto kind = static_cast<ActivationKind>(block.settings[kActivation]);
+    run.device.activate(kind, gated, *up, block.activation_scales, *active);
+    return run.project(active, block.down);
 }
 
 // ---- attention ---------------------------------------------------------------------------------------------------
 
 ScoreTerm score_term(const BlockDevice& device, const std::optional<Tensor>& tensor, const char* name,
-                     std::array<int64_t, 4> wanted, bool inverted) {
+                     std::array<int64_t, 4> wanted, uint8_t forbidden) {
     if (!tensor) return {nullptr, false, 0, Float::kFloat32, 0, 0, 0, 0};
     const bool is_boolean = tensor->scalar_type() == ScalarType::Bool;
     STD_TORCH_CHECK(is_boolean || is_supported_float(tensor->scalar_type()), "autoq::decoder_blocks: ", name,
@@ -148,19 +295,8 @@ ScoreTerm score_term(const BlockDevice& device, const std::optional<Tensor>& ten
                         " of ", name, " is ", tensor->size(d), " but must be 1 or ", wanted[d]);
         strides[d] = tensor->size(d) == 1 ? 0 : tensor->stride(d);
     }
-    return {tensor->data_ptr(),
-            is_boolean,
-            static_cast<uint8_t>(inverted ? 1 : 0),
-            is_boolean ? Float::kFloat32 : float_of(tensor->scalar_type()),
-            strides[0],
-            strides[1],
-            strides[2],
-            strides[3]};
-}
-
-CacheView cache_view(const Tensor& cache, const std::optional<Tensor>& scales) {
-    float* data = scales ? static_cast<float*>(scales->data_ptr()) : nullptr;
-    return {cache.data_ptr(), data, cache.size(1), cache.size(2)};
+    return {tensor->data_ptr(), is_boolean, forbidden,  is_boolean ? Float::kFloat32 : float_of(tensor->scalar_type()),
+            strides[0],         strides[1], strides[2], strides[3]};
 }
 
 // The first `positions` of a cache in the dtype of `like`, for torch.
@@ -201,49 +337,15 @@ Tensor scaled_dot_product_attention(const Tensor& queries, const Tensor& keys, c
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-AttentionInput attention_input(const Block& block, const Tensor& qkv, const Context& context) {
-    const BlocksArguments& given = context.given;
-    const int64_t batch = qkv.size(0), tokens = qkv.size(1);
-    AttentionInput input{};
-    input.layout = block.heads();
-    input.dtype = block.dtype;
-    input.batch = batch;
-    input.tokens = tokens;
-    input.past = block.device.held(given.length, given.past);
-    input.length = given.length ? static_cast<const int64_t*>(given.length->data_ptr()) : nullptr;
-    input.qkv = qkv.data_ptr();
-    input.clip = block.constant(kClip);
-    input.query_norm = block.head_norm(kQueryNorm);
-    input.key_norm = block.head_norm(kKeyNorm);
-    input.rotary = {static_cast<RotaryKind>(block.setting(kRotaryKind)), nullptr, nullptr, 0, 0, 0};
-    if (given.cosines) {
-        const Tensor& cosines = *given.cosines;
-        const int64_t angles = cosines.size(2);
-        input.rotary.cosines = cosines.data_ptr();
-        input.rotary.sines = given.sines->data_ptr();
-        input.rotary.angles = input.rotary.kind == RotaryKind::kHalves ? angles / 2 : angles;
-        input.rotary.batch_stride = cosines.size(0) == 1 ? 0 : cosines.stride(0);
-        input.rotary.token_stride = cosines.stride(1);
-    }
-    input.keys = cache_view(context.keys, context.key_scales);
-    input.values = cache_view(context.values, context.value_scales);
-    input.scale = block.constant(kScale);
-    const std::array<int64_t, 4> shape{batch, input.layout.heads, tokens, given.past + tokens};
-    input.mask = score_term(block.device, given.mask, "mask", shape, block.setting(kInvertedMask) != 0);
-    input.bias = score_term(block.device, given.bias, "bias", shape, false);
-    return input;
-}
-
 // Torch's attention, for many tokens: it multiplies with matrix units. `torch_knows` as in BlockDevice::attends.
-Tensor attend_with_torch(const Block& block, const Tensor& qkv, const Context& context, AttentionInput& input,
-                         bool torch_knows) {
+Values attend_with_torch(const Run& run, const Tensor& qkv, AttentionInput& input, bool torch_knows) {
     const HeadLayout& layout = input.layout;
     const int64_t positions = input.past + input.tokens, shared = layout.heads / layout.kv_heads;
-    const Tensor queries = block.device.rotate(input, qkv);
-    Tensor keys = dense_cache(block.device, context.keys, input.keys, qkv, positions);
-    Tensor values = dense_cache(block.device, context.values, input.values, qkv, positions);
-    std::optional<Tensor> terms = context.given.mask;
-    if (!torch_knows) terms = block.device.score_terms(input, qkv);
+    const Tensor queries = run.device.rotate(input, qkv);
+    Tensor keys = dense_cache(run.device, run.block.keys, input.keys, qkv, positions);
+    Tensor values = dense_cache(run.device, run.block.values, input.values, qkv, positions);
+    std::optional<Tensor> terms = run.step.mask;
+    if (!torch_knows) terms = run.device.score_terms(input, qkv);
     if (terms && terms->scalar_type() != ScalarType::Bool) terms = torch::stable::to(*terms, qkv.scalar_type());
     if (terms && terms->size(3) > positions) terms = torch::stable::narrow(*terms, 3, 0, positions);
     // On a GPU torch's fast kernels take a mask or shared key heads, not both.
@@ -254,125 +356,120 @@ Tensor attend_with_torch(const Block& block, const Tensor& qkv, const Context& c
     }
     const Tensor result = scaled_dot_product_attention(torch::stable::transpose(queries, 1, 2), keys, values, terms,
                                                        shared > 1 && !repeated);
-    return torch::stable::reshape(torch::stable::transpose(result, 1, 2),
-                                  {input.batch, input.tokens, layout.heads * layout.head_dim});
+    return values_of(torch::stable::reshape(torch::stable::transpose(result, 1, 2),
+                                            {input.batch, input.tokens, layout.heads * layout.head_dim}));
 }
 
-Tensor attention(const Block& block, const Tensor& qkv, const Context& context) {
-    AttentionInput input = attention_input(block, qkv, context);
-    const bool torch_knows_mask = context.given.mask ? !block.setting(kInvertedMask) : input.past == 0;
-    const bool torch_knows = torch_knows_mask && !context.given.bias;
-    if (!block.device.attends(input, torch_knows)) return attend_with_torch(block, qkv, context, input, torch_knows);
-    const Tensor output =
-        torch::stable::new_empty(qkv, {input.batch, input.tokens, input.layout.heads * input.layout.head_dim});
-    block.device.attend(input, output);
+Values attend(const Run& run, const Values& qkv) {
+    AttentionInput input = run.attention;
+    input.qkv = qkv->data;
+    const bool torch_knows_mask = run.step.mask ? !run.block.settings[kInvertedMask] : input.past == 0;
+    const bool torch_knows = torch_knows_mask && !run.step.bias;
+    if (!run.device.attends(input, torch_knows)) return attend_with_torch(run, qkv->tensor, input, torch_knows);
+    const Values output = run.workspace.empty(run.like(), input.layout.heads * input.layout.head_dim);
+    run.device.attend(input, *output);
     return output;
 }
 
-// ---- the operator ------------------------------------------------------------------------------------------------
-
-void check_cache(const Block& block, const Tensor& cache, const std::optional<Tensor>& scales, const char* name,
-                 const Tensor& hidden, int64_t past) {
-    const HeadLayout layout = block.heads();
-    const ScalarType wanted = scales ? ScalarType::Char : hidden.scalar_type();
-    STD_TORCH_CHECK(block.device.holds(cache) && cache.scalar_type() == wanted, "autoq::decoder_blocks: ", name,
-                    " must be on ", block.device.name(),
-                    " and have the dtype of the hidden states, or be int8 with scales");
-    STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == hidden.size(0) && cache.size(1) == layout.kv_heads &&
-                        cache.size(3) == layout.head_dim && cache.is_contiguous(),
-                    "autoq::decoder_blocks: ", name, " must be contiguous and have the shape [", hidden.size(0), ", ",
-                    layout.kv_heads, ", capacity, ", layout.head_dim, "]");
-    STD_TORCH_CHECK(past >= 0 && past + hidden.size(1) <= cache.size(2), "autoq::decoder_blocks: ", name,
-                    " has room for ", cache.size(2), " positions, but ", past, " are taken and ", hidden.size(1),
-                    " come; make the cache larger");
-    if (!scales) return;
-    STD_TORCH_CHECK(block.device.holds(*scales) && scales->scalar_type() == ScalarType::Float && scales->dim() == 3 &&
-                        scales->size(0) == cache.size(0) && scales->size(1) == cache.size(1) &&
-                        scales->size(2) == cache.size(2) && scales->is_contiguous(),
-                    "autoq::decoder_blocks: the scales of the ", name,
-                    " must be contiguous float32 [batch, heads, capacity] on ", block.device.name());
-}
-
-void check_rotary(const std::optional<Tensor>& table, const Block& block, const Tensor& hidden) {
-    const bool wanted = block.setting(kRotaryKind) != 0;
-    STD_TORCH_CHECK(table.has_value() == wanted,
-                    "autoq::decoder_blocks: cosines and sines must be given where positions are rotary, only there");
-    if (!table) return;
-    STD_TORCH_CHECK(block.device.holds(*table) && table->scalar_type() == hidden.scalar_type() && table->dim() == 3 &&
-                        (table->size(0) == 1 || table->size(0) == hidden.size(0)) && table->size(1) == hidden.size(1) &&
-                        table->is_contiguous(),
-                    "autoq::decoder_blocks: cosines and sines must be contiguous [1 or batch, tokens, angles] on ",
-                    block.device.name(), " in the dtype of the hidden states");
-    const int64_t turned = table->size(2) * (block.setting(kRotaryKind) == 2 ? 2 : 1);
-    STD_TORCH_CHECK(turned <= block.setting(kHeadDim), "autoq::decoder_blocks: cosines turn ", turned,
-                    " columns of a head of ", block.setting(kHeadDim));
-}
-
-void check_vectors(const Block& block, const Tensor& hidden) {
-    const int64_t columns = hidden.size(2);
-    const std::pair<int, int64_t> vectors[] = {{kNorm1, columns},
-                                               {kNorm1 + 1, columns},
-                                               {kNorm2, columns},
-                                               {kNorm2 + 1, columns},
-                                               {kActScales, block.setting(kIntermediate)},
-                                               {kQueryNorm, block.setting(kHeadDim)},
-                                               {kKeyNorm, block.setting(kHeadDim)}};
-    for (const auto& [place, size] : vectors) {
-        if (!block.has(place)) continue;
-        const Tensor& vector = block.tensors[place];
-        STD_TORCH_CHECK(block.device.holds(vector) && vector.scalar_type() == hidden.scalar_type() &&
-                            vector.dim() == 1 && vector.size(0) == size && vector.is_contiguous(),
-                        "autoq::decoder_blocks: tensor ", place, " must be a contiguous vector of ", size,
-                        " values on ", block.device.name(), " in the dtype of the hidden states");
-    }
-}
-
-void check_settings(const Block& block) {
-    // Small enough that no product of them overflows.
-    for (int i = 0; i < kSettings; ++i) {
-        const int64_t setting = block.settings[i];
-        STD_TORCH_CHECK(setting >= 0 && setting < (int64_t{1} << 28), "autoq::decoder_blocks: the setting ", setting,
-                        " is out of its range");
-    }
-    const HeadLayout layout = block.heads();
-    const int64_t head = layout.head_dim;
-    STD_TORCH_CHECK(layout.heads > 0 && layout.kv_heads > 0 && layout.heads % layout.kv_heads == 0 && head > 0 &&
-                        head <= kMaxHeadDim && layout.queries_per_group > 0,
-                    "autoq::decoder_blocks: ", layout.heads, " heads, ", layout.kv_heads,
-                    " key heads and a head size of ", head, " do not go together");
-    const auto check_start = [&](int64_t start) {
-        STD_TORCH_CHECK(start + head <= layout.row_size(), "autoq::decoder_blocks: the head layout leaves the row of ",
-                        layout.row_size(), " values");
+Values run_block(const Run& run, const Values& hidden) {
+    const Block& block = run.block;
+    const Arrangement arrangement = block.arrangement();
+    const auto attended = [&](const Values& input) {
+        return run.project(attend(run, run.project(input, block.qkv)), block.output);
     };
-    for (int64_t h = 0; h < layout.heads; ++h) check_start(layout.query(h));
-    for (int64_t g = 0; g < layout.kv_heads; ++g) {
-        check_start(layout.key(g));
-        check_start(layout.value(g));
+    if (arrangement == Arrangement::kPostNorm) {
+        const Values first = add_and_norm(run, block.norm1, hidden, attended(hidden)).second;
+        return add_and_norm(run, block.norm2, first, multilayer_perceptron(run, first)).second;
     }
-    STD_TORCH_CHECK(block.setting(kArrangement) <= 3 && block.setting(kNormKind) <= 1 &&
-                        block.setting(kActivation) <= 4 && block.setting(kRotaryKind) <= 2 &&
-                        block.setting(kIntermediate) > 0,
-                    "autoq::decoder_blocks: a setting is out of its range");
+    const Values normed = apply_norm(run, block.norm1, hidden);
+    if (arrangement == Arrangement::kParallel) {
+        const Values attention = attended(normed);
+        const Values input = block.has(kNorm2) ? apply_norm(run, block.norm2, hidden) : normed;
+        return add(run, hidden, attention, multilayer_perceptron(run, input));
+    }
+    const bool normed_residual = arrangement == Arrangement::kNormedResidual;
+    const auto [middle, input] = add_and_norm(run, block.norm2, normed_residual ? normed : hidden, attended(normed));
+    return add(run, normed_residual ? input : middle, nullptr, multilayer_perceptron(run, input));
 }
 
-void check_length(const BlockDevice& device, const std::optional<Tensor>& length) {
-    if (!length) return;
-    STD_TORCH_CHECK(device.holds(*length) && length->scalar_type() == ScalarType::Long && length->numel() == 1,
-                    "autoq::decoder_blocks: the length must be one int64 on ", device.name());
-}
+// ---- a step ------------------------------------------------------------------------------------------------------
 
-void check(const Block& block, const Context& context, const Tensor& hidden) {
-    const BlocksArguments& given = context.given;
-    check_settings(block);
-    check_cache(block, context.keys, context.key_scales, "keys", hidden, given.past);
-    check_cache(block, context.values, context.value_scales, "values", hidden, given.past);
-    check_rotary(given.cosines, block, hidden);
-    check_rotary(given.sines, block, hidden);
-    STD_TORCH_CHECK(!given.cosines || (given.cosines->size(0) == given.sines->size(0) &&
-                                       given.cosines->size(2) == given.sines->size(2)),
-                    "autoq::decoder_blocks: cosines and sines must have the same shape");
-    check_vectors(block, hidden);
-    check_length(block.device, given.length);
+// What attention is told that is new in this step, whatever the block.
+struct StepTerms {
+    const StepArguments& step;
+    int64_t past = 0;
+    int64_t columns = 0;  // of the tables of cosines and sines
+    Rotary tables{};      // but for the kind and the number of angles
+    int64_t heads = 0;    // for which the terms are
+    ScoreTerm mask{}, bias{};
+
+    StepTerms(const BlockDevice& device, const StepArguments& step_, int64_t most) : step(step_) {
+        check_length(device);
+        past = device.held(step.length, most);
+        STD_TORCH_CHECK(
+            step.cosines.has_value() == step.sines.has_value(),
+            "autoq::decoder_blocks: cosines and sines must be given where positions are rotary, only there");
+        if (!step.cosines) return;
+        check_table(device, *step.cosines);
+        check_table(device, *step.sines);
+        STD_TORCH_CHECK(step.cosines->size(0) == step.sines->size(0) && step.cosines->size(2) == step.sines->size(2),
+                        "autoq::decoder_blocks: cosines and sines must have the same shape");
+        columns = step.cosines->size(2);
+        tables.cosines = step.cosines->data_ptr();
+        tables.sines = step.sines->data_ptr();
+        tables.batch_stride = step.cosines->size(0) == 1 ? 0 : step.cosines->stride(0);
+        tables.token_stride = step.cosines->stride(1);
+    }
+
+    AttentionInput input(const BlockDevice& device, const Block& block, int64_t most) {
+        AttentionInput input = block.attention;
+        input.past = past;
+        input.length = step.length ? static_cast<const int64_t*>(step.length->data_ptr()) : nullptr;
+        const RotaryKind kind = input.rotary.kind;
+        STD_TORCH_CHECK(
+            (kind != RotaryKind::kNone) == step.cosines.has_value(),
+            "autoq::decoder_blocks: cosines and sines must be given where positions are rotary, only there");
+        const int64_t turned = kind == RotaryKind::kPairs ? 2 * columns : columns;
+        STD_TORCH_CHECK(turned <= input.layout.head_dim, "autoq::decoder_blocks: cosines turn ", turned,
+                        " columns of a head of ", input.layout.head_dim);
+        input.rotary = tables;
+        input.rotary.kind = kind;
+        input.rotary.angles = turned / 2;
+        if (heads != input.layout.heads) {
+            heads = input.layout.heads;
+            const std::array<int64_t, 4> shape{input.batch, heads, input.tokens, most + input.tokens};
+            mask = score_term(device, step.mask, "mask", shape, 0);
+            bias = score_term(device, step.bias, "bias", shape, 0);
+        }
+        input.mask = mask;
+        input.mask.forbidden = block.settings[kInvertedMask] != 0 ? 1 : 0;
+        input.bias = bias;
+        return input;
+    }
+
+  private:
+    void check_table(const BlockDevice& device, const Tensor& table) const {
+        const Tensor& hidden = step.hidden;
+        STD_TORCH_CHECK(device.holds(table) && table.scalar_type() == hidden.scalar_type() && table.dim() == 3 &&
+                            (table.size(0) == 1 || table.size(0) == hidden.size(0)) &&
+                            table.size(1) == hidden.size(1) && table.is_contiguous(),
+                        "autoq::decoder_blocks: cosines and sines must be contiguous [1 or batch, tokens, angles] on ",
+                        device.name(), " in the dtype of the hidden states");
+    }
+
+    void check_length(const BlockDevice& device) const {
+        if (!step.length) return;
+        STD_TORCH_CHECK(
+            device.holds(*step.length) && step.length->scalar_type() == ScalarType::Long && step.length->numel() == 1,
+            "autoq::decoder_blocks: the length must be one int64 on ", device.name());
+    }
+};
+
+void check_hidden(const BlockDevice& device, const Tensor& hidden) {
+    STD_TORCH_CHECK(hidden.dim() == 3 && device.holds(hidden) && is_supported_float(hidden.scalar_type()),
+                    "autoq::decoder_blocks: hidden states must be float32, bfloat16 or float16 [batch, tokens, "
+                    "features] on ",
+                    device.name());
 }
 
 void check_counts(const BlocksArguments& given, size_t blocks) {
@@ -388,49 +485,32 @@ void check_counts(const BlocksArguments& given, size_t blocks) {
                     " blocks needs keys and values, and both must have scales, or neither");
 }
 
-Tensor run_block(const Block& block, const Context& context, const Tensor& hidden) {
-    const auto arrangement = static_cast<Arrangement>(block.setting(kArrangement));
-    const auto attend = [&](const Tensor& input) {
-        const Tensor qkv = block.project(input, kQkv, kQkvBits, block.heads().row_size());
-        return block.project(attention(block, qkv, context), kOutput, kOutputBits, hidden.size(2));
-    };
-    if (arrangement == Arrangement::kPostNorm) {
-        const Tensor first = add_and_norm(block, hidden, attend(hidden), kNorm1, kEpsilon1).second;
-        return add_and_norm(block, first, multilayer_perceptron(block, first), kNorm2, kEpsilon2).second;
-    }
-    const Tensor normed = apply_norm(block, hidden, kNorm1, kEpsilon1);
-    const Tensor attended = attend(normed);
-    if (arrangement == Arrangement::kParallel) {
-        const Tensor input = block.has(kNorm2) ? apply_norm(block, hidden, kNorm2, kEpsilon2) : normed;
-        return add(block, hidden, &attended, multilayer_perceptron(block, input));
-    }
-    const bool normed_residual = arrangement == Arrangement::kNormedResidual;
-    const auto [middle, input] = add_and_norm(block, normed_residual ? normed : hidden, attended, kNorm2, kEpsilon2);
-    return add(block, normed_residual ? input : middle, nullptr, multilayer_perceptron(block, input));
-}
-
 }  // namespace
 
-Tensor decoder_blocks(const BlockDevice& device, const BlocksArguments& given) {
-    STD_TORCH_CHECK(
-        given.hidden.dim() == 3 && device.holds(given.hidden) && is_supported_float(given.hidden.scalar_type()),
-        "autoq::decoder_blocks: hidden states must be float32, bfloat16 or float16 [batch, tokens, features] on ",
-        device.name());
-    const size_t blocks = given.keys.size();
-    check_counts(given, blocks);
-    Tensor hidden = make_contiguous(given.hidden);
-    for (size_t i = 0; i < blocks; ++i) {
-        const Block block{device, &given.tensors[i * kPlaces], &given.settings[i * kSettings],
-                          &given.constants[i * kConstants], float_of(hidden.scalar_type())};
-        const auto scales = [&](const std::vector<Tensor>& all) {
-            return all.empty() ? std::nullopt : std::optional<Tensor>(all[i]);
-        };
-        const Context context{given.keys[i], given.values[i], scales(given.key_scales), scales(given.value_scales),
-                              given};
-        check(block, context, hidden);
-        hidden = hidden.numel() == 0 ? torch::stable::empty_like(hidden) : run_block(block, context, hidden);
+DecoderBlocks::DecoderBlocks(const BlockDevice& device, const Tensor& hidden, const BlocksArguments& given)
+    : past_(given.past) {
+    check_hidden(device, hidden);
+    check_counts(given, given.keys.size());
+    shape_.assign(hidden.sizes().begin(), hidden.sizes().end());
+    dtype_ = hidden.scalar_type();
+    blocks_.reserve(given.keys.size());
+    for (size_t i = 0; i < given.keys.size(); ++i) blocks_.emplace_back(device, hidden, given, i);
+}
+
+DecoderBlocks::~DecoderBlocks() = default;
+
+Tensor DecoderBlocks::run(const BlockDevice& device, const StepArguments& step) {
+    check_hidden(device, step.hidden);
+    STD_TORCH_CHECK(step.hidden.scalar_type() == dtype_ && step.hidden.size(0) == shape_[0] &&
+                        step.hidden.size(1) == shape_[1] && step.hidden.size(2) == shape_[2],
+                    "autoq::decoder_blocks: the hidden states are not those that the blocks were prepared for");
+    StepTerms terms(device, step, past_);
+    if (step.hidden.numel() == 0) return torch::stable::empty_like(step.hidden);
+    Values hidden = values_of(make_contiguous(step.hidden));
+    for (const Block& block : blocks_) {
+        hidden = run_block({device, block, step, terms.input(device, block, past_), workspace_}, hidden);
     }
-    return hidden;
+    return workspace_.give(hidden);
 }
 
 }  // namespace autoq

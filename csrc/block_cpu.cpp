@@ -6,6 +6,8 @@
 
 #include "block_device.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "kept.h"
 #include "ops.h"
 #include "team.h"
 
@@ -23,14 +25,11 @@ constexpr int64_t kElementsPerThread = 1 << 14;
 
 int64_t rows_per_thread(int64_t columns) { return std::max<int64_t>(1, kElementsPerThread / columns); }
 
-// Turns the heads of all tokens; the queries go into scratch, which is returned.
-Tensor rotate_all(AttentionInput& input, const Tensor& like) {
-    Tensor queries = torch::stable::new_empty(
-        like, {input.batch, input.tokens, input.layout.heads, input.padded_head_dim()}, ScalarType::Float);
-    input.queries = static_cast<float*>(queries.data_ptr());
+// Turns the heads of all tokens; the queries go to `queries`, [batch, tokens, heads, padded head_dim].
+void rotate_all(AttentionInput& input, float* queries) {
+    input.queries = queries;
     parallel_for(0, input.batch * input.tokens, rows_per_thread(input.layout.row_size()),
                  [&](int64_t begin, int64_t end) { block_kernels().rotate(input, begin, end); });
-    return queries;
 }
 
 void attend_directly(const AttentionInput& input) {
@@ -65,34 +64,33 @@ class CpuDevice : public BlockDevice {
     const char* name() const override { return "the CPU"; }
     bool holds(const Tensor& tensor) const override { return tensor.is_cpu(); }
 
-    Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                  const std::optional<Tensor>& bias, int64_t bits, int64_t out_features,
-                  const std::string& mode) const override {
-        return autoq::linear(input, codes, scales, zeros, bias, bits, out_features, mode);
+    Values linear(const Values& input, const Projection& projection, Workspace& workspace) const override {
+        const PackedWeight& weight = projection.packed.weight;
+        const Values output = workspace.empty(input->tensor, weight.out_features);
+        multiply(
+            weight, {input->data, input->dtype, input->rows},
+            {output->data, output->dtype, output->columns, projection.bias ? projection.bias->data_ptr() : nullptr},
+            projection.int8 ? cpu::Mode::kInt8 : cpu::Mode::kExact);
+        return output;
     }
 
-    void norm(const Norm& norm, const Tensor& input, const Tensor& output) const override {
-        const int64_t columns = input.size(input.dim() - 1), rows = input.numel() / columns;
-        const Float dtype = float_of(input.scalar_type());
-        parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
-            block_kernels().norm(norm, input.data_ptr(), output.data_ptr(), dtype, columns, begin, end);
+    void norm(const Norm& norm, const Buffer& input, const Buffer& output) const override {
+        parallel_for(0, input.rows, rows_per_thread(input.columns), [&](int64_t begin, int64_t end) {
+            block_kernels().norm(norm, input.data, output.data, input.dtype, input.columns, begin, end);
         });
     }
 
-    void add(const Tensor& first, const Tensor* second, const Tensor& last) const override {
-        const Float dtype = float_of(last.scalar_type());
-        parallel_for(0, last.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-            block_kernels().add(first.data_ptr(), last.data_ptr(), second ? second->data_ptr() : nullptr,
-                                last.data_ptr(), dtype, begin, end);
+    void add(const Buffer& first, const Buffer* second, const Buffer& last) const override {
+        parallel_for(0, last.rows * last.columns, kElementsPerThread, [&](int64_t begin, int64_t end) {
+            block_kernels().add(first.data, last.data, second ? second->data : nullptr, last.data, last.dtype, begin,
+                                end);
         });
     }
 
-    void activate(ActivationKind kind, bool gated, const Tensor& input, const void* scales,
-                  const Tensor& output) const override {
-        const int64_t columns = output.size(output.dim() - 1), rows = output.numel() / columns;
-        const Float dtype = float_of(input.scalar_type());
-        parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
-            block_kernels().activate(kind, gated, input.data_ptr(), scales, output.data_ptr(), dtype, columns, begin,
+    void activate(ActivationKind kind, bool gated, const Buffer& input, const void* scales,
+                  const Buffer& output) const override {
+        parallel_for(0, output.rows, rows_per_thread(output.columns), [&](int64_t begin, int64_t end) {
+            block_kernels().activate(kind, gated, input.data, scales, output.data, output.dtype, output.columns, begin,
                                      end);
         });
     }
@@ -109,14 +107,18 @@ class CpuDevice : public BlockDevice {
         return input.tokens < kManyTokens || !torch_knows;
     }
 
-    void attend(AttentionInput& input, const Tensor& output) const override {
-        const Tensor queries = rotate_all(input, output);
-        input.output = output.data_ptr();
+    void attend(AttentionInput& input, const Buffer& output) const override {
+        static thread_local cpu::Scratch scratch;
+        const int64_t floats = input.batch * input.tokens * input.layout.heads * input.padded_head_dim();
+        rotate_all(input, reinterpret_cast<float*>(scratch.get(floats * static_cast<int64_t>(sizeof(float)))));
+        input.output = output.data;
         attend_directly(input);
     }
 
     Tensor rotate(AttentionInput& input, const Tensor& qkv) const override {
-        Tensor queries = rotate_all(input, qkv);
+        Tensor queries = torch::stable::new_empty(
+            qkv, {input.batch, input.tokens, input.layout.heads, input.padded_head_dim()}, ScalarType::Float);
+        rotate_all(input, static_cast<float*>(queries.data_ptr()));
         return torch::stable::to(torch::stable::narrow(queries, 3, 0, input.layout.head_dim), qkv.scalar_type());
     }
 
@@ -136,23 +138,69 @@ class CpuDevice : public BlockDevice {
     }
 };
 
-Tensor decoder_blocks_cpu(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                          const std::vector<Tensor>& key_scales, const std::vector<Tensor>& value_scales, int64_t past,
-                          const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
-                          const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
-                          const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
-                          const std::vector<double>& constants, const std::optional<Tensor>& length) {
-    const BlocksArguments given{hidden, keys, values, key_scales, value_scales, past,      cosines,
-                                sines,  mask, bias,   tensors,    settings,     constants, length};
+Tensor run(DecoderBlocks& blocks, const StepArguments& step) {
     // Where torch attends, its operators need the threads for themselves.
-    if (hidden.dim() != 3 || hidden.size(1) >= kManyTokens) return decoder_blocks(CpuDevice(), given);
+    if (step.hidden.size(1) >= kManyTokens) return blocks.run(CpuDevice(), step);
     std::optional<Tensor> output;
-    Team::lead([&] { output = decoder_blocks(CpuDevice(), given); });
+    Team::lead([&] { output = blocks.run(CpuDevice(), step); });
     return *output;
 }
 
+Tensor decoder_blocks(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                      const std::vector<Tensor>& key_scales, const std::vector<Tensor>& value_scales, int64_t past,
+                      const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
+                      const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                      const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+                      const std::vector<double>& constants, const std::optional<Tensor>& length) {
+    DecoderBlocks blocks(CpuDevice(), hidden,
+                         {keys, values, key_scales, value_scales, past, tensors, settings, constants});
+    return run(blocks, {hidden, cosines, sines, mask, bias, length});
+}
+
+// ---- blocks that are kept ------------------------------------------------------------------------------------------
+
+Kept<DecoderBlocks>& kept_blocks() {
+    static Kept<DecoderBlocks> all;
+    return all;
+}
+
+int64_t keep_decoder_blocks(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                            const std::vector<Tensor>& key_scales, const std::vector<Tensor>& value_scales,
+                            int64_t past, const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
+                            const std::vector<double>& constants) {
+    return kept_blocks().add(std::make_shared<DecoderBlocks>(
+        CpuDevice(), hidden,
+        BlocksArguments{keys, values, key_scales, value_scales, past, tensors, settings, constants}));
+}
+
+Tensor kept_decoder_blocks(const Tensor& hidden, int64_t number, const std::optional<Tensor>& cosines,
+                           const std::optional<Tensor>& sines, const std::optional<Tensor>& mask,
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& length) {
+    return run(*kept_blocks().at(number), {hidden, cosines, sines, mask, bias, length});
+}
+
+void drop_decoder_blocks(int64_t number) { kept_blocks().drop(number); }
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) { m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks_cpu)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(autoq, m) {
+    m.def(
+        "keep_decoder_blocks(Tensor hidden, Tensor[] keys, Tensor[] values, Tensor[] key_scales, "
+        "Tensor[] value_scales, int past, Tensor[] tensors, int[] settings, float[] constants) -> int");
+    m.def(
+        "kept_decoder_blocks(Tensor hidden, int number, Tensor? cosines, Tensor? sines, Tensor? mask, Tensor? bias, "
+        "Tensor? length) -> Tensor");
+    m.def("drop_decoder_blocks(int number) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) {
+    m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks));
+    m.impl("keep_decoder_blocks", TORCH_BOX(&keep_decoder_blocks));
+    m.impl("kept_decoder_blocks", TORCH_BOX(&kept_decoder_blocks));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autoq, CompositeExplicitAutograd, m) {
+    m.impl("drop_decoder_blocks", TORCH_BOX(&drop_decoder_blocks));
+}
 
 }  // namespace autoq

@@ -1,10 +1,12 @@
-// What the operator `decoder_blocks` (block.cpp) asks of a device: the steps between its checks and its tensors.
+// What decoder blocks (block.cpp) ask of a device: the steps between their checks and their tensors.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "block.h"
@@ -12,7 +14,54 @@
 
 namespace autoq {
 
-// One for each call of the operator. All tensors are contiguous, on the device, and of the shapes the operator checked.
+// Activations [batch, tokens, columns], contiguous, with what the kernels ask of them: torch is asked once.
+struct Buffer {
+    Tensor tensor;
+    void* data;
+    int64_t rows, columns;
+    Float dtype;
+
+    explicit Buffer(Tensor tensor_)
+        : tensor(std::move(tensor_)),
+          data(tensor.data_ptr()),
+          rows(tensor.size(0) * tensor.size(1)),
+          columns(tensor.size(2)),
+          dtype(float_of(tensor.scalar_type())) {}
+};
+
+using Values = std::shared_ptr<const Buffer>;
+
+inline Values values_of(Tensor tensor) { return std::make_shared<const Buffer>(std::move(tensor)); }
+
+// Memory for the activations of blocks with as many tokens: what nobody holds any more is used again.
+class Workspace {
+  public:
+    Values empty(const Tensor& like, int64_t columns) {
+        for (const Values& values : buffers_) {
+            if (values.use_count() == 1 && values->columns == columns) return values;
+        }
+        buffers_.push_back(values_of(torch::stable::new_empty(like, {like.size(0), like.size(1), columns})));
+        return buffers_.back();
+    }
+
+    // The tensor of these values, which is the caller's from now on.
+    Tensor give(const Values& values) {
+        std::erase(buffers_, values);
+        return values->tensor;
+    }
+
+  private:
+    std::vector<Values> buffers_;
+};
+
+// A quantized linear, checked.
+struct Projection {
+    PackedTensors packed;
+    std::optional<Tensor> bias;
+    bool int8;  // the mode of many rows
+};
+
+// One for each call. All tensors are contiguous, on the device, and of the shapes that were checked.
 class BlockDevice {
   public:
     virtual ~BlockDevice() = default;
@@ -21,22 +70,20 @@ class BlockDevice {
     virtual bool holds(const Tensor& tensor) const = 0;
 
     // autoq::linear.
-    virtual Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                          const std::optional<Tensor>& bias, int64_t bits, int64_t out_features,
-                          const std::string& mode) const = 0;
+    virtual Values linear(const Values& input, const Projection& projection, Workspace& workspace) const = 0;
 
     // output = norm(input), over the last dimension.
-    virtual void norm(const Norm& norm, const Tensor& input, const Tensor& output) const = 0;
+    virtual void norm(const Norm& norm, const Buffer& input, const Buffer& output) const = 0;
     // last = first + second (where given) + last.
-    virtual void add(const Tensor& first, const Tensor* second, const Tensor& last) const = 0;
+    virtual void add(const Buffer& first, const Buffer* second, const Buffer& last) const = 0;
     // last = first + last, rounded; output = norm(last).
-    virtual void add_and_norm(const Norm& norm, const Tensor& first, const Tensor& last, const Tensor& output) const {
+    virtual void add_and_norm(const Norm& norm, const Buffer& first, const Buffer& last, const Buffer& output) const {
         add(first, nullptr, last);
         this->norm(norm, last, output);
     }
     // output[r, c] = act(input[r, c]) (* input[r, columns + c] where gated) (/ scales[c]).
-    virtual void activate(ActivationKind kind, bool gated, const Tensor& input, const void* scales,
-                          const Tensor& output) const = 0;
+    virtual void activate(ActivationKind kind, bool gated, const Buffer& input, const void* scales,
+                          const Buffer& output) const = 0;
 
     // How many positions the caches hold, for sizes on the host: `past`, unless the device reads `length` here.
     virtual int64_t held(const std::optional<Tensor>& length, int64_t past) const = 0;
@@ -46,7 +93,7 @@ class BlockDevice {
     virtual bool attends(const AttentionInput& input, bool torch_knows) const = 0;
 
     // Heads turned, keys and values written, attention into `output` [batch, tokens, heads * head_dim].
-    virtual void attend(AttentionInput& input, const Tensor& output) const = 0;
+    virtual void attend(AttentionInput& input, const Buffer& output) const = 0;
 
     // Heads turned, keys and values written; the queries, scaled, [batch, tokens, heads, head_dim] in their dtype.
     virtual Tensor rotate(AttentionInput& input, const Tensor& qkv) const = 0;
@@ -58,24 +105,44 @@ class BlockDevice {
     virtual Tensor score_terms(const AttentionInput& input, const Tensor& like) const = 0;
 };
 
-// The operator; its arguments are described in autoq/block_ops.py.
+// The arguments of the operator `decoder_blocks`, described in autoq/block_ops.py: those that are the same for every
+// token, and the others.
 struct BlocksArguments {
-    const Tensor& hidden;
-    const std::vector<Tensor>& keys;
-    const std::vector<Tensor>& values;
-    const std::vector<Tensor>& key_scales;
-    const std::vector<Tensor>& value_scales;
+    std::vector<Tensor> keys, values, key_scales, value_scales;
     int64_t past;
+    std::vector<Tensor> tensors;
+    std::vector<int64_t> settings;
+    std::vector<double> constants;
+};
+
+struct StepArguments {
+    const Tensor& hidden;
     const std::optional<Tensor>& cosines;
     const std::optional<Tensor>& sines;
     const std::optional<Tensor>& mask;
     const std::optional<Tensor>& bias;
-    const std::vector<Tensor>& tensors;
-    const std::vector<int64_t>& settings;
-    const std::vector<double>& constants;
     const std::optional<Tensor>& length;
 };
 
-Tensor decoder_blocks(const BlockDevice& device, const BlocksArguments& arguments);
+struct Block;
+
+// Decoder blocks with their caches, checked, and memory for their activations: what is kept from one step to the next,
+// where steps are recorded. One thread may run them at a time.
+class DecoderBlocks {
+  public:
+    // hidden: those of the first step; the shapes and dtypes of the others are the same.
+    DecoderBlocks(const BlockDevice& device, const Tensor& hidden, const BlocksArguments& arguments);
+    ~DecoderBlocks();
+
+    // The operator.
+    Tensor run(const BlockDevice& device, const StepArguments& step);
+
+  private:
+    std::vector<Block> blocks_;
+    std::vector<int64_t> shape_;  // of the hidden states
+    ScalarType dtype_;
+    int64_t past_;
+    Workspace workspace_;
+};
 
 }  // namespace autoq

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "packed.h"
 #include "team.h"
 
 namespace autoq {
@@ -94,6 +95,17 @@ void dequantize_into(const PackedWeight& weight, const Tensor& dense, int64_t fi
 
 }  // namespace
 
+void multiply(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output, cpu::Mode mode) {
+    if (input.rows == 0) return;
+    if (input.rows <= cpu::kernels().few_rows) {
+        multiply_few(weight, input, output);
+    } else {
+        multiply_many(weight, input, output, mode);
+    }
+}
+
+namespace {
+
 Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
               const std::optional<Tensor>& bias_, int64_t bits, int64_t out_features, const std::string& mode_name) {
     check_linear(input_, bias_, out_features, mode_name);
@@ -111,18 +123,10 @@ Tensor linear(const Tensor& input_, const Tensor& codes, const Tensor& scales, c
     shape.back() = out_features;
     Tensor out = torch::stable::new_empty(input, shape);
     const int64_t rows = input.numel() / in_features;
-    if (rows == 0) return out;
-    const cpu::InputRows input_rows{input.data_ptr(), float_of(dtype), rows};
-    const cpu::OutputRows output_rows{out.data_ptr(), float_of(dtype), out_features, bias ? bias->data_ptr() : nullptr};
-    if (rows <= cpu::kernels().few_rows) {
-        multiply_few(packed.weight, input_rows, output_rows);
-    } else {
-        multiply_many(packed.weight, input_rows, output_rows, mode);
-    }
+    multiply(packed.weight, {input.data_ptr(), float_of(dtype), rows},
+             {out.data_ptr(), float_of(dtype), out_features, bias ? bias->data_ptr() : nullptr}, mode);
     return out;
 }
-
-namespace {
 
 Tensor dequantize(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits, int64_t out_features,
                   int64_t in_features, ScalarType dtype) {

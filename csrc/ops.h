@@ -1,15 +1,11 @@
 // Operators that other operators are made of.
 #pragma once
 
-#include <optional>
-#include <string>
-
-#include "packed.h"
+#include "cpu/tiles.h"
 
 namespace autoq {
 
-// autoq::linear on the CPU; the mode is "exact" or "int8".
-Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-              const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode);
+// autoq::linear on the CPU: multiplies input rows with a packed weight, with torch's threads or the team's.
+void multiply(const PackedWeight& weight, const cpu::InputRows& input, const cpu::OutputRows& output, cpu::Mode mode);
 
 }  // namespace autoq

@@ -258,6 +258,28 @@ def test_several_blocks_in_a_call_are_one_after_the_other(tokens: int, eight_bit
     torch.testing.assert_close(block_ops.decoder_blocks(*copy.deepcopy(both)), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(ops.extension_missing() is not None, reason="needs the native extension")
+def test_kept_blocks_give_what_the_operator_gives() -> None:
+    first, second = arguments(tokens=1), arguments(tokens=1, seed=2, activation=block_ops.ActivationKind.GELU)
+    both = [*first[:1], *([*first[i], *second[i]] for i in (1, 2, 3, 4)), *first[5:10]]
+    both += [[*first[i], *second[i]] for i in (10, 11, 12)]
+    ours, theirs = copy.deepcopy(both), copy.deepcopy(both)
+    kept = block_ops.KeptBlocks(*ours)
+    found, expected = [], []
+    for step in range(3):
+        hidden = torch.randn_like(first[0]) if step else first[0]
+        found.append(kept(hidden, *block_ops.KeptBlocks.changing(ours)[1:]))
+        expected.append(block_ops.decoder_blocks(hidden, *theirs[1:]))
+    assert all(torch.equal(result, right) for result, right in zip(found, expected, strict=True))
+    assert all(torch.equal(cache, right) for cache, right in zip(ours[1] + ours[2], theirs[1] + theirs[2], strict=True))
+    with pytest.raises(RuntimeError, match="not those that the blocks were prepared for"):
+        kept(first[0].repeat(2, 1, 1), *block_ops.KeptBlocks.changing(ours)[1:])
+    number = kept._number
+    del kept
+    with pytest.raises(RuntimeError, match="has been dropped"):
+        torch.ops.autoq.kept_decoder_blocks(first[0], number, *block_ops.KeptBlocks.changing(ours)[1:])
+
+
 def test_the_number_of_threads_changes_nothing(threads: Callable[[int], None]) -> None:
     given = arguments(tokens=1, width=1024, inner=3008, head_dim=128)
     found = []

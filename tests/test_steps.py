@@ -129,8 +129,8 @@ def test_all_blocks_are_one_call(family: Variant) -> None:
     generate(recorded, prompt(2, 6), do_sample=False, use_cache=True)
     (slot,) = recorded.forward._slots
     for step in slot.recordings.values():
-        calls = [each for each in step.recording._steps if each.function is block_ops.decoder_blocks]
-        assert [len(call.args[1]) for call in calls] == [len(blocks(recorded))]
+        calls = [each.function for each in step.recording._steps if isinstance(each.function, block_ops.KeptBlocks)]
+        assert [call.count for call in calls] == [len(blocks(recorded))]
 
 
 def test_a_draft_that_leaves_early() -> None:

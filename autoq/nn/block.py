@@ -308,7 +308,9 @@ class FusedForward:
         self._collect()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_block": self._block()}
+        state = {**self.__dict__, "_block": self._block()}
+        del state["_held"]  # and what is collected anew
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -320,7 +322,8 @@ class FusedForward:
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._parts.tensors()
         self._tensors = list(tensors)
-        self._held = HeldTensors(self._parts.sources())
+        read_anew = (tensor for linear in self._parts.linears for tensor in linear.packed())
+        self._held = HeldTensors(self._parts.sources(), read_anew)
         packed = {f"{linear}_{leaf}" for linear in ("qkv", "output", "up", "down") for leaf in PackedWeight._fields}
         vectors = {name: tensor for name, tensor in tensors._asdict().items() if name not in packed}
         self._dtypes = {vector.dtype for vector in vectors.values() if vector.numel()}

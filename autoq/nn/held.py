@@ -1,55 +1,99 @@
 """Whether modules still hold what they held.
 
-It is asked for every token, when the weights have driven all else out of the caches: no bytecode runs for each tensor.
+It is asked for every token, when the weights have driven all else out of the caches: natively where that can be, and
+otherwise with no bytecode for each tensor.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import operator
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from autoq import ops
 
-class Contents:
-    """What dicts hold, and whether they still hold the very same objects; empty ones are not looked at."""
 
-    def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:
-        self._dicts = [held for held in dicts if held]
+class _PlainContents:
+    """What dicts hold, or what is under some names in them, and whether they still hold the very same objects."""
+
+    def __init__(self, dicts: Iterable[dict[str, Any]], names: list[str] | None = None) -> None:
+        self._dicts, self._names = list(dicts), names
+        self._sizes = self._present_sizes()
         self.values = list(self._present_values())
 
     def are_current(self) -> bool:
-        return sum(map(len, self._dicts)) == len(self.values) and all(
-            map(operator.is_, self._present_values(), self.values)
-        )
+        return self._present_sizes() == self._sizes and all(map(operator.is_, self._present_values(), self.values))
+
+    def _present_sizes(self) -> list[int]:
+        return list(map(len, self._dicts)) if self._names is None else []
 
     def _present_values(self) -> Iterable[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self._dicts))
+        if self._names is None:
+            return itertools.chain.from_iterable(map(dict.values, self._dicts))
+        return (held.get(name) for held in self._dicts for name in self._names)
+
+
+Contents: Any = _PlainContents if ops.extension_missing() else importlib.import_module("autoq._C").Contents
+
+
+class _PlainPlaces:
+    """Where tensors are, and whether they still are there."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._addresses = self._present_addresses()
+
+    def are_current(self) -> bool:
+        return self._present_addresses() == self._addresses
+
+    def _present_addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors))
+
+
+class _NativePlaces:
+    """The same."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._number = torch.ops.autoq.keep_places.default(tensors)
+        weakref.finalize(self, torch.ops.autoq.drop_places.default, self._number)
+
+    def are_current(self) -> bool:
+        same: bool = torch.ops.autoq.are_in_places.default(self._number)
+        return same
+
+
+_Places: Any = _PlainPlaces if ops.extension_missing() else _NativePlaces
 
 
 class HeldTensors:
     """Tensors of modules, and whether they still are these, with the values they had."""
 
-    def __init__(self, dicts: Iterable[dict[str, Any]]) -> None:
-        """dicts: those of the modules that hold the tensors."""
+    def __init__(self, dicts: Iterable[dict[str, Any]], read_anew: Iterable[Tensor] = ()) -> None:
+        """dicts: those of the modules that hold the tensors. read_anew: those of which nothing is kept but where they
+        are, so that it does not matter when values in them change."""
         self._contents = Contents(dicts)
         self.tensors: list[Tensor] = [tensor for tensor in self._contents.values if tensor is not None]
-        self._versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        devices = {tensor.device for tensor in self.tensors}  # an operator is given tensors of one
+        self._places = [_Places([each for each in self.tensors if each.device == device]) for device in devices]
+        unimportant = {id(tensor) for tensor in read_anew}
+        self._versioned = [
+            tensor for tensor in self.tensors if not tensor.is_inference() and id(tensor) not in unimportant
+        ]
         self._versions = self._present_versions()
-        self._addresses = self._present_addresses()
 
     def are_current(self) -> bool:
         # An assignment to `.data` changes the address and no version.
         return (
             self._contents.are_current()
-            and self._present_addresses() == self._addresses
+            and all(places.are_current() for places in self._places)
             and self._present_versions() == self._versions
         )
-
-    def _present_addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.tensors))
 
     def _present_versions(self) -> list[int]:
         return list(map(operator.attrgetter("_version"), self._versioned))

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autoq.block_ops import SHARED_ARGUMENTS, decoder_blocks
+from autoq.block_ops import SHARED_ARGUMENTS, KeptBlocks, decoder_blocks
 from autoq.nn.spread import Move, copy_to_device
 
 
@@ -205,7 +205,7 @@ class HostRecording:
     """The operators that a function calls, one after the other without what is around them.
 
     Those that give the same every time, since nothing they are given changes, are left out: their results are kept.
-    Decoder blocks that follow each other are one call.
+    Decoder blocks that follow each other are one call, of what they have in common with those of other steps kept.
     """
 
     def __init__(self, run: Run, device: torch.device, inputs: Iterable[Tensor]) -> None:
@@ -235,6 +235,8 @@ class HostRecording:
 
     def _step(self, call: _Call) -> _Step:
         moved: list[tuple[Any, Any, int]] = []
+        if call.function is decoder_blocks and KeptBlocks.can_be_made(call.result.device):
+            call = call._replace(function=KeptBlocks(*call.args), args=KeptBlocks.changing(call.args))
         args, kwargs = self._arguments(list(call.args), moved), self._arguments(call.kwargs, moved)
         several = isinstance(call.result, (list, tuple))
         kept = None if several else self._keep(call.result)

@@ -15,7 +15,6 @@ run.
 from __future__ import annotations
 
 import inspect
-import operator
 import threading
 import warnings
 import weakref
@@ -31,7 +30,7 @@ from autoq.architectures import architecture_of, known_model_types
 from autoq.nn.block import FusedForward, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.held import Contents, HeldTensors
-from autoq.nn.linear import QuantLinear
+from autoq.nn.linear import QuantModule
 from autoq.nn.recording import CannotBeRecorded, CudaRecording, HostRecording, Recording
 from autoq.nn.spread import Move, moved_by
 
@@ -155,44 +154,40 @@ class _Snapshot:
     """What a recording was made of: the modules, their tensors, and that nobody watches or changes what they do."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._config = Contents([model.config.__dict__])
-        self._modules = list(model.modules())[1:]  # not the model itself, which holds this
-        self._attributes = [module.__dict__ for module in self._modules]
-        self._hooks = [hooks for each in self._modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._children = Contents(module._modules for module in (model, *self._modules))
+        modules = list(model.modules())[1:]  # not the model itself, which holds this
+        everything = (model, *modules)
+        hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._contents = Contents([model.config.__dict__, *(each._modules for each in everything), *hooks])
+        self._attributes = Contents([each.__dict__ for each in modules], ["training", "forward", "mode"])
+        self._hooked = [each for each in modules if each._forward_hooks or each._forward_pre_hooks]
+        quantized = [each for each in modules if isinstance(each, QuantModule)]
         self._held = HeldTensors(
-            tensors for module in (model, *self._modules) for tensors in (module._parameters, module._buffers)
+            (tensors for each in everything for tensors in (each._parameters, each._buffers)),
+            read_anew=(tensor for each in quantized for tensor in each.packed()),
         )
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
         self._memory = [tensor.detach() for tensor in self._held.tensors]
-        self._linears = [module for module in self._modules if isinstance(module, QuantLinear)]
-        self._modes = [linear.mode for linear in self._linears]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
-        self._forwards = [block.__dict__.get("forward") for block in blocks]
-        fused = [forward for forward in self._forwards if isinstance(forward, FusedForward)]
+        forwards = [block.__dict__.get("forward") for block in blocks]
+        fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
         inside = {module for block in blocks for module in block.modules()}  # which the fused blocks look at
         self._can_be_recorded = (
             len({tensor.device.type for tensor in self._held.tensors}) == 1
             and len(fused) == len(blocks)
-            and all(_is_known(module) for module in self._modules if module not in inside)
+            and [each.__dict__["forward"] for each in modules if "forward" in each.__dict__] == forwards
+            and not any(each.training for each in modules)
+            and all(_is_known(module) for module in modules if module not in inside)
         )
 
     def is_current(self) -> bool:
-        if not self._can_be_recorded or nn.modules.module._has_any_global_hook():
-            return False
-        if any(map(operator.itemgetter("training"), self._attributes)):
-            return False
-        if any(self._hooks) and any(map(is_watched, self._modules)):
-            return False
-        own = [module["forward"] for module in self._attributes if "forward" in module]
         return (
-            len(own) == len(self._forwards)
-            and all(map(operator.is_, own, self._forwards))
-            and self._children.are_current()
+            self._can_be_recorded
+            and not nn.modules.module._has_any_global_hook()
+            and not any(map(is_watched, self._hooked))
+            and self._attributes.are_current()
+            and self._contents.are_current()
             and self._held.are_current()
-            and [linear.mode for linear in self._linears] == self._modes
-            and self._config.are_current()
         )
 
 

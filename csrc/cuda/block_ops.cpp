@@ -26,34 +26,31 @@ class CudaDevice : public BlockDevice {
     const char* name() const override { return "the GPU of the hidden states"; }
     bool holds(const Tensor& tensor) const override { return tensor.is_cuda() && tensor.get_device_index() == index_; }
 
-    Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                  const std::optional<Tensor>& bias, int64_t bits, int64_t out_features,
-                  const std::string& mode) const override {
-        return linear_cuda(input, codes, scales, zeros, bias, bits, out_features, mode);
+    Values linear(const Values& input, const Projection& projection, Workspace&) const override {
+        const PackedTensors& packed = projection.packed;
+        return values_of(linear_cuda(input->tensor, packed.codes, packed.scales, packed.zeros, projection.bias,
+                                     packed.weight.bits, packed.weight.out_features, "exact"));
     }
 
-    void norm(const Norm& norm, const Tensor& input, const Tensor& output) const override {
-        const int64_t columns = input.size(input.dim() - 1);
-        check_launch(cuda::norm(norm, input.data_ptr(), nullptr, nullptr, output.data_ptr(),
-                                float_of(input.scalar_type()), input.numel() / columns, columns, stream_));
+    void norm(const Norm& norm, const Buffer& input, const Buffer& output) const override {
+        check_launch(cuda::norm(norm, input.data, nullptr, nullptr, output.data, input.dtype, input.rows, input.columns,
+                                stream_));
     }
 
-    void add(const Tensor& first, const Tensor* second, const Tensor& last) const override {
-        check_launch(cuda::add(first.data_ptr(), last.data_ptr(), second ? second->data_ptr() : nullptr,
-                               last.data_ptr(), float_of(last.scalar_type()), last.numel(), stream_));
+    void add(const Buffer& first, const Buffer* second, const Buffer& last) const override {
+        check_launch(cuda::add(first.data, last.data, second ? second->data : nullptr, last.data, last.dtype,
+                               last.rows * last.columns, stream_));
     }
 
-    void add_and_norm(const Norm& norm, const Tensor& first, const Tensor& last, const Tensor& output) const override {
-        const int64_t columns = last.size(last.dim() - 1);
-        check_launch(cuda::norm(norm, first.data_ptr(), last.data_ptr(), last.data_ptr(), output.data_ptr(),
-                                float_of(last.scalar_type()), last.numel() / columns, columns, stream_));
+    void add_and_norm(const Norm& norm, const Buffer& first, const Buffer& last, const Buffer& output) const override {
+        check_launch(cuda::norm(norm, first.data, last.data, last.data, output.data, last.dtype, last.rows,
+                                last.columns, stream_));
     }
 
-    void activate(ActivationKind kind, bool gated, const Tensor& input, const void* scales,
-                  const Tensor& output) const override {
-        const int64_t columns = output.size(output.dim() - 1);
-        check_launch(cuda::activate(kind, gated, input.data_ptr(), scales, output.data_ptr(),
-                                    float_of(input.scalar_type()), output.numel() / columns, columns, stream_));
+    void activate(ActivationKind kind, bool gated, const Buffer& input, const void* scales,
+                  const Buffer& output) const override {
+        check_launch(cuda::activate(kind, gated, input.data, scales, output.data, output.dtype, output.rows,
+                                    output.columns, stream_));
     }
 
     // Reading the length here would wait for the GPU, and a graph would not read it again.
@@ -63,12 +60,12 @@ class CudaDevice : public BlockDevice {
         return input.tokens < kManyTokens || input.length;
     }
 
-    void attend(AttentionInput& input, const Tensor& output) const override {
+    void attend(AttentionInput& input, const Buffer& output) const override {
         int splits = 0;
         check_launch(cuda::attention_splits(input, splits));
         const int64_t floats = cuda::attention_scratch(input, splits);
-        const Tensor scratch = torch::stable::new_empty(output, {floats}, ScalarType::Float);
-        input.output = output.data_ptr();
+        const Tensor scratch = torch::stable::new_empty(output.tensor, {floats}, ScalarType::Float);
+        input.output = output.data;
         check_launch(cuda::attend(input, splits, static_cast<float*>(scratch.data_ptr()), stream_));
     }
 
@@ -104,8 +101,9 @@ Tensor decoder_blocks_cuda(const Tensor& hidden, const std::vector<Tensor>& keys
                            const std::vector<Tensor>& tensors, const std::vector<int64_t>& settings,
                            const std::vector<double>& constants, const std::optional<Tensor>& length) {
     STD_TORCH_CHECK(hidden.is_cuda(), "autoq::decoder_blocks: hidden states, caches and tensors must be on one GPU");
-    return decoder_blocks(CudaDevice(hidden), {hidden, keys, values, key_scales, value_scales, past, cosines, sines,
-                                               mask, bias, tensors, settings, constants, length});
+    const CudaDevice device(hidden);
+    DecoderBlocks blocks(device, hidden, {keys, values, key_scales, value_scales, past, tensors, settings, constants});
+    return blocks.run(device, {hidden, cosines, sines, mask, bias, length});
 }
 
 }  // namespace
