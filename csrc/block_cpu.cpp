@@ -17,8 +17,13 @@ namespace {
 // The kernels in use.
 const cpu::BlockKernels& block_kernels() { return *cpu::kernels().block; }
 
-// From so many tokens on torch's attention, which multiplies with matrix units, is faster than ours.
+// From so many tokens on torch's attention, where that multiplies with matrix units, is faster than ours.
 constexpr int64_t kManyTokens = 16;
+
+// Of several tokens: they share what is made of the keys.
+constexpr int64_t kQueriesPerItem = 64;
+
+bool torch_attends(int64_t tokens) { return tokens >= kManyTokens && cpu::kernels().torch_attends; }
 
 // Below this many elements a thread is not worth waking.
 constexpr int64_t kElementsPerThread = 1 << 14;
@@ -41,7 +46,7 @@ void attend_directly(const AttentionInput& input) {
         const int64_t fair = std::max<int64_t>(1, input.batch * input.layout.heads / threads);
         heads_per_item = std::min(shared, fair);
     } else {
-        tokens_per_item = std::max<int64_t>(1, 16 / shared);
+        tokens_per_item = std::max<int64_t>(1, kQueriesPerItem / shared);
     }
     const int64_t chunks = (shared + heads_per_item - 1) / heads_per_item;
     const int64_t spans = (input.tokens + tokens_per_item - 1) / tokens_per_item;
@@ -104,7 +109,7 @@ class CpuDevice : public BlockDevice {
     }
 
     bool attends(const AttentionInput& input, bool torch_knows) const override {
-        return input.tokens < kManyTokens || !torch_knows;
+        return !torch_attends(input.tokens) || !torch_knows;
     }
 
     void attend(AttentionInput& input, const Buffer& output) const override {
@@ -140,7 +145,7 @@ class CpuDevice : public BlockDevice {
 
 Tensor run(DecoderBlocks& blocks, const StepArguments& step) {
     // Where torch attends, its operators need the threads for themselves.
-    if (step.hidden.size(1) >= kManyTokens) return blocks.run(CpuDevice(), step);
+    if (torch_attends(step.hidden.size(1))) return blocks.run(CpuDevice(), step);
     std::optional<Tensor> output;
     Team::lead([&] { output = blocks.run(CpuDevice(), step); });
     return *output;

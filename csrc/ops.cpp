@@ -68,7 +68,9 @@ void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, con
     const cpu::ActivationTiles tiles = cpu::activation_tiles(weight, input, mode, kernels, scratch());
     parallel_for(0, input.rows, grain(weight.in_features * 100),
                  [&](int64_t begin, int64_t end) { kernels.prepare_tiles(weight, input, tiles, begin, end); });
-    parallel_for(0, weight.row_blocks, grain(weight.in_features * kLanes * input.rows),
+    // Whole panels: each goes through all activations.
+    const int64_t least = std::max(cpu::kPanelBlocks, grain(weight.in_features * kLanes * input.rows));
+    parallel_for(0, weight.row_blocks, least,
                  [&](int64_t begin, int64_t end) { kernels.multiply_tiles(weight, tiles, output, begin, end); });
 }
 

@@ -237,6 +237,15 @@ def test_native_matches_the_reference(changes: dict[str, Any], tokens: int, capa
         assert torch.equal(found[:, :, 4 + tokens :], before[:, :, 4 + tokens :])
 
 
+@pytest.mark.parametrize("tokens", [40, 150])
+def test_prompts_that_look_back_match_the_reference(tokens: int, capability: str) -> None:
+    given = arguments(tokens, head_dim=40, past=3)
+    given[8:10] = [None, None]
+    ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
+    expected = block_ops.reference_decoder_blocks(*wanted)
+    torch.testing.assert_close(block_ops.decoder_blocks(*ours), expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 21])
 def test_several_blocks_in_a_call_are_one_after_the_other(tokens: int, eight_bits: bool) -> None:

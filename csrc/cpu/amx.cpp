@@ -223,9 +223,9 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
 
 }  // namespace
 
-const Kernels amx_kernels = {kFewRowsAmx,   digit_tile_rows_amx,  prepare_avx512, multiply_few_amx,
-                             element,       prepare_tiles_avx512, multiply_tiles, dequantize_avx512,
-                             &avx512_block, &avx512_search};
+const Kernels amx_kernels = {kFewRowsAmx,          digit_tile_rows_amx, prepare_avx512,    multiply_few_amx, element,
+                             prepare_tiles_avx512, multiply_tiles,      dequantize_avx512, &avx512_block,    true,
+                             &avx512_search};
 
 }  // namespace autoq::cpu
 

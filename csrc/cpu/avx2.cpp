@@ -516,8 +516,8 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels avx2_kernels = {kFewRows,      no_digit_tiles, prepare,    multiply,    element,
-                              prepare_tiles, multiply_tiles, dequantize, &avx2_block, &avx2_search};
+const Kernels avx2_kernels = {kFewRows,       no_digit_tiles, prepare,     multiply, element,     prepare_tiles,
+                              multiply_tiles, dequantize,     &avx2_block, true,     &avx2_search};
 
 }  // namespace autoq::cpu
 

@@ -555,9 +555,9 @@ void dequantize_avx512(const PackedWeight& weight, void* dense, Float dtype, int
     });
 }
 
-const Kernels avx512_kernels = {kFewRows,      no_digit_tiles,       prepare_avx512, multiply_avx512,
-                                element,       prepare_tiles_avx512, multiply_tiles, dequantize_avx512,
-                                &avx512_block, &avx512_search};
+const Kernels avx512_kernels = {
+    kFewRows,       no_digit_tiles,    prepare_avx512, multiply_avx512, element,       prepare_tiles_avx512,
+    multiply_tiles, dequantize_avx512, &avx512_block,  false,           &avx512_search};
 
 }  // namespace autoq::cpu
 

@@ -345,6 +345,23 @@ AUTOQ_VECTOR void add_values_of_chunk(const float* weights, const float* values,
 }
 
 template <Float DTYPE>
+AUTOQ_VECTOR void store_attended(const AttentionInput& input, int64_t batch, const Query* queries, int64_t count,
+                                 const float* outputs) {
+    const int64_t size = input.layout.head_dim, padded = input.padded_head_dim();
+    for (int64_t q = 0; q < count; ++q) {
+        const Query& query = queries[q];
+        const int64_t to =
+            ((batch * input.tokens + query.token) * input.layout.heads + query.head) * input.layout.head_dim;
+        for_each_step(size, [&](int64_t column, int64_t step) __attribute__((always_inline)) {
+            // A query that may look nowhere (padding) gets zeros.
+            const float inverse = query.sum > 0.0f ? 1.0f / query.sum : 0.0f;
+            const Lanes value = load<Float::kFloat32>(outputs, q * padded + column) * all_lanes(inverse);
+            store_some<DTYPE>(input.output, to + column, step, value);
+        });
+    }
+}
+
+template <Float DTYPE>
 void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, int64_t count) {
     const int64_t size = input.layout.head_dim, padded = input.padded_head_dim();
     const int64_t group = queries[0].head / (input.layout.heads / input.layout.kv_heads);
@@ -378,23 +395,150 @@ void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, 
             add_values_of_chunk(scores, wide_values, visible, padded, shrink, outputs + q * padded);
         }
     }
-    for (int64_t q = 0; q < count; ++q) {
-        const Query& query = queries[q];
-        const int64_t to =
-            ((batch * input.tokens + query.token) * input.layout.heads + query.head) * input.layout.head_dim;
-        for_each_step(size, [&](int64_t column, int64_t step) __attribute__((always_inline)) {
-            // A query that may look nowhere (padding) gets zeros.
-            const float inverse = query.sum > 0.0f ? 1.0f / query.sum : 0.0f;
-            const Lanes value = load<Float::kFloat32>(outputs, q * padded + column) * all_lanes(inverse);
-            store_some<DTYPE>(input.output, to + column, step, value);
-        });
+    store_attended<DTYPE>(input, batch, queries, count, outputs);
+}
+
+// ---- attention of many queries -------------------------------------------------------------------------------------
+//
+// The same, as two products of matrices for each chunk: of many queries with the keys, and of their weights with the
+// values.
+
+constexpr int64_t kManyQueries = 64;  // that share a pass over the keys
+
+// Rows and vectors of a product whose sums fit the registers.
+constexpr int kProductRows = AUTOQ_LEVEL == 512 ? 4 : 2;
+constexpr int kProductVectors = AUTOQ_LEVEL == 512 ? 4 : 2;
+
+// sums[r][c] += sum over i < inner of left[r][i] * right[i][c], for VECTORS * 16 columns.
+template <int ROWS, int VECTORS>
+AUTOQ_VECTOR void add_product_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                                   int64_t inner, float* sums, int64_t stride) {
+    Lanes tile[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) tile[r][v] = load<Float::kFloat32>(sums, r * stride + 16 * v);
+    }
+    for (int64_t i = 0; i < inner; ++i) {
+        Lanes values[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) values[v] = load<Float::kFloat32>(right, i * right_stride + 16 * v);
+        for (int r = 0; r < ROWS; ++r) {
+            const Lanes factor = all_lanes(left[r * left_stride + i]);
+            for (int v = 0; v < VECTORS; ++v) tile[r][v] = multiply_add(factor, values[v], tile[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) store<Float::kFloat32>(sums, r * stride + 16 * v, tile[r][v]);
+    }
+}
+
+template <int VECTORS>
+AUTOQ_VECTOR void add_product_columns(const float* left, int64_t left_stride, int64_t rows, const float* right,
+                                      int64_t right_stride, int64_t inner, float* sums, int64_t stride) {
+    int64_t row = 0;
+    for (; row + kProductRows <= rows; row += kProductRows) {
+        add_product_tile<kProductRows, VECTORS>(left + row * left_stride, left_stride, right, right_stride, inner,
+                                                sums + row * stride, stride);
+    }
+    for (; row < rows; ++row) {
+        add_product_tile<1, VECTORS>(left + row * left_stride, left_stride, right, right_stride, inner,
+                                     sums + row * stride, stride);
+    }
+}
+
+// The same for any number of rows, and columns that are a multiple of 16.
+AUTOQ_VECTOR void add_product(const float* left, int64_t left_stride, int64_t rows, const float* right,
+                              int64_t right_stride, int64_t inner, int64_t columns, float* sums, int64_t stride) {
+    int64_t column = 0;
+    for (; column + 16 * kProductVectors <= columns; column += 16 * kProductVectors) {
+        add_product_columns<kProductVectors>(left, left_stride, rows, right + column, right_stride, inner,
+                                             sums + column, stride);
+    }
+    for (; column < columns; column += 16) {
+        add_product_columns<1>(left, left_stride, rows, right + column, right_stride, inner, sums + column, stride);
+    }
+}
+
+// Rows of the cache as columns, [padded][kChunk].
+template <Float DTYPE>
+AUTOQ_VECTOR void widen_transposed(const CacheView& cache, int64_t first, int64_t rows, int64_t size, float* wide) {
+    for (int64_t column = 0; column < size; column += 16) {
+        const int64_t count = std::min<int64_t>(16, size - column);
+        for (int64_t row = 0; row < rows; row += 16) {
+            Lanes vectors[16] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(16, rows - row); ++i) {
+                vectors[i] = load_cached<DTYPE>(cache, first + row + i, size, column, count);
+            }
+            transpose(vectors);
+            for (int64_t i = 0; i < 16; ++i) {
+                store<Float::kFloat32>(wide, (column + i) * kChunk + row, vectors[i]);
+            }
+        }
+    }
+}
+
+// Turns scores into weights, those of positions from `visible` on into zeros; the outputs so far shrink.
+AUTOQ_VECTOR void weigh_and_shrink(Query& query, int64_t visible, int64_t padded, float* scores, float* output) {
+    for (int64_t i = visible; i < kChunk; ++i) scores[i] = -INFINITY;
+    const float shrink = weigh_chunk(query, kChunk, scores);
+    if (shrink == 1.0f) return;
+    for (int64_t column = 0; column < padded; column += 16) {
+        store<Float::kFloat32>(output, column, load<Float::kFloat32>(output, column) * all_lanes(shrink));
     }
 }
 
 template <Float DTYPE>
+void attend_many_queries(const AttentionInput& input, int64_t batch, Query* queries, int64_t count) {
+    const int64_t size = input.layout.head_dim, padded = input.padded_head_dim();
+    const int64_t group = queries[0].head / (input.layout.heads / input.layout.kv_heads);
+    const int64_t row = input.keys.row(batch, group, 0);
+    const int64_t needed = 2 * kChunk * padded + kManyQueries * (2 * padded + kChunk);
+    float* keys = floats_of_thread(static_cast<size_t>(needed));  // [padded][kChunk]
+    float* values = keys + kChunk * padded;                       // [kChunk][padded]
+    float* left = values + kChunk * padded;                       // the queries, [count][padded]
+    float* outputs = left + kManyQueries * padded;                // [count][padded]
+    float* scores = outputs + kManyQueries * padded;              // [count][kChunk]
+    std::fill(keys, keys + needed, 0.0f);
+    int64_t positions = 0;
+    for (int64_t q = 0; q < count; ++q) {
+        positions = std::max(positions, queries[q].positions);
+        std::copy_n(queries[q].values, padded, left + q * padded);
+    }
+    const bool terms_given = input.mask.data || input.bias.data;
+    alignas(64) float terms[kChunk];
+    int64_t begin = 0;  // the first query that looks at the chunk: later tokens see as much as earlier ones
+    for (int64_t first = 0; first < positions; first += kChunk) {
+        const int64_t rows = std::min(positions - first, kChunk);
+        while (queries[begin].positions <= first) ++begin;
+        widen_transposed<DTYPE>(input.keys, row + first, rows, size, keys);
+        widen_rows<DTYPE>(input.values, row + first, rows, size, padded, values);
+        std::fill(scores + begin * kChunk, scores + count * kChunk, 0.0f);
+        add_product(left + begin * padded, padded, count - begin, keys, kChunk, size, kChunk, scores + begin * kChunk,
+                    kChunk);
+        for (int64_t q = begin; q < count; ++q) {
+            float* of_query = scores + q * kChunk;
+            const int64_t visible = std::min(queries[q].positions - first, rows);
+            if (terms_given && !gather_terms(input, batch, queries[q], first, visible, terms)) {
+                std::fill(of_query, of_query + kChunk, 0.0f);
+                continue;
+            }
+            for (int64_t i = 0; terms_given && i < kChunk; ++i) of_query[i] += terms[i];
+            weigh_and_shrink(queries[q], visible, padded, of_query, outputs + q * padded);
+        }
+        add_product(scores + begin * kChunk, kChunk, count - begin, values, padded, rows, padded,
+                    outputs + begin * padded, padded);
+    }
+    store_attended<DTYPE>(input, batch, queries, count, outputs);
+}
+
+// ---- attention of heads ---------------------------------------------------------------------------------------------
+
+template <Float DTYPE>
 void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first,
                   int64_t tokens) {
-    Query queries[kMaxQueries];
+    // Not by what this call is given of them, which depends on the number of threads.
+    const bool many = input.tokens > 1 && input.tokens * (input.layout.heads / input.layout.kv_heads) > kMaxQueries;
+    const int64_t together = many ? kManyQueries : kMaxQueries;
+    const auto attend = many ? attend_many_queries<DTYPE> : attend_queries<DTYPE>;
+    Query queries[kManyQueries];
     int64_t filled = 0;
     for (int64_t token = first; token < first + tokens; ++token) {
         for (int64_t h = head; h < head + count; ++h) {
@@ -403,13 +547,13 @@ void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int6
             // A mask says all that a query may look at; without one it may look back.
             const int64_t positions = input.past + (input.mask.data ? input.tokens : token + 1);
             queries[filled++] = {values, h, token, positions, -1e38f, 0.0f};
-            if (filled == kMaxQueries) {
-                attend_queries<DTYPE>(input, batch, queries, filled);
+            if (filled == together) {
+                attend(input, batch, queries, filled);
                 filled = 0;
             }
         }
     }
-    if (filled > 0) attend_queries<DTYPE>(input, batch, queries, filled);
+    if (filled > 0) attend(input, batch, queries, filled);
 }
 
 // ---- dense linears -------------------------------------------------------------------------------------------------

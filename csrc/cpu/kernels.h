@@ -43,6 +43,8 @@ struct Kernels {
     void (*dequantize)(const PackedWeight& weight, void* dense, Float dtype, int64_t begin, int64_t end);
     // The steps of a decoder block between its linears.
     const BlockKernels* block;
+    // Whether torch's attention is faster for many tokens.
+    bool torch_attends;
     const SearchKernels* search;
 };
 

@@ -543,8 +543,8 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 }  // namespace
 
 // NEON itself is part of every such processor, so that the portable kernels of a block are NEON's.
-const Kernels neon_kernels = {kFewRows,      no_digit_tiles, prepare,    multiply,        element,
-                              prepare_tiles, multiply_tiles, dequantize, &portable_block, &portable_search};
+const Kernels neon_kernels = {kFewRows,       no_digit_tiles, prepare,         multiply, element,         prepare_tiles,
+                              multiply_tiles, dequantize,     &portable_block, true,     &portable_search};
 
 }  // namespace autoq::cpu
 

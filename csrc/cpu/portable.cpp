@@ -263,7 +263,8 @@ void dequantize(const PackedWeight& weight, void* dense, Float dtype, int64_t be
 
 }  // namespace
 
-const Kernels portable_kernels = {kFewRows,      no_digit_tiles, prepare,    multiply,        element,
-                                  prepare_tiles, multiply_tiles, dequantize, &portable_block, &portable_search};
+const Kernels portable_kernels = {kFewRows,        no_digit_tiles, prepare,         multiply,
+                                  element,         prepare_tiles,  multiply_tiles,  dequantize,
+                                  &portable_block, true,           &portable_search};
 
 }  // namespace autoq::cpu

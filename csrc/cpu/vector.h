@@ -115,6 +115,43 @@ AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
 #endif
 }
 
+// Lane i of vector j becomes lane j of vector i.
+AUTOQ_VECTOR void transpose(Lanes (&vectors)[16]) {
+#if AUTOQ_LEVEL == 512
+    __m512 pairs[16], fours[16];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = vectors[2 * i].of[0], b = vectors[2 * i + 1].of[0];
+        pairs[2 * i] = _mm512_unpacklo_ps(a, b);
+        pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    // Part l of `fours[4 * i + c]` has lane 4 * l + c of vectors 4 * i .. 4 * i + 3.
+    for (int i = 0; i < 16; i += 4) {
+        for (int c = 0; c < 2; ++c) {
+            const __m512d a = _mm512_castps_pd(pairs[i + c]), b = _mm512_castps_pd(pairs[i + c + 2]);
+            fours[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    for (int c = 0; c < 4; ++c) {
+        const __m512 even_low = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+        const __m512 odd_low = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+        const __m512 even_high = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+        const __m512 odd_high = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+        vectors[c].of[0] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+        vectors[4 + c].of[0] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+        vectors[8 + c].of[0] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+        vectors[12 + c].of[0] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+#else
+    float values[16][16], turned[16][16];
+    std::memcpy(values, vectors, sizeof values);
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) turned[i][j] = values[j][i];
+    }
+    std::memcpy(vectors, turned, sizeof turned);
+#endif
+}
+
 // In each lane `a < b ? yes : no`.
 AUTOQ_VECTOR Lanes where_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
     AUTOQ_EACH_REGISTER yes.of[i] = a.of[i] < b.of[i] ? yes.of[i] : no.of[i];

@@ -331,6 +331,8 @@ void test_attention(const BlockKernels& kernels, const std::string& name) {
             {dtype, 3, 1, 80, 6, 70, RotaryKind::kPairs, false, false, 1.0f, Mask::kAdded, false},
             {dtype, 2, 2, 20, 9, 0, RotaryKind::kNone, false, false, 0.0f, Mask::kBoolean, true},
             {dtype, 6, 2, 36, 7, 64, RotaryKind::kPairs, true, true, 1.5f, Mask::kBoolean, false},
+            {dtype, 4, 2, 64, 75, 70, RotaryKind::kHalves, false, false, 0.0f, Mask::kNone, false},
+            {dtype, 3, 3, 20, 70, 3, RotaryKind::kNone, true, true, 0.0f, Mask::kAdded, false},
         };
         for (const Case& c : cases) {
             const std::string what = name + " attention in " + name_of(dtype) + ", heads of " +
