@@ -381,9 +381,11 @@ class KeptBlocks:
         weakref.finalize(self, torch.ops.autoq.drop_decoder_blocks.default, self._number)
 
     @staticmethod
-    def can_be_made(device: torch.device) -> bool:
-        """Whether the native operator is there."""
-        return device.type == "cpu" and ops.extension_missing() is None
+    def can_be_made(arguments: Sequence[Any]) -> bool:
+        """Whether the native operator is there, and reads the tensors where they are."""
+        hidden, tensors = arguments[0], arguments[10]
+        native = hidden.device.type == "cpu" and ops.extension_missing() is None
+        return native and all(tensor.is_contiguous() for tensor in tensors)
 
     def __call__(
         self, hidden: Tensor, cosines: Tensor | None, sines: Tensor | None, mask: Tensor | None, bias: Tensor | None,

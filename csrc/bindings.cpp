@@ -30,17 +30,18 @@ std::map<std::string, bool> cpu_features() {
 }
 
 // What dicts hold, all of it or what is under some names, and whether they still hold the very same objects. Python
-// would fetch every object from memory to count its references.
+// would fetch every object from memory to count its references. Whoever makes it keeps the dicts and their values: the
+// garbage collector must see those references (autoq/nn/held.py).
 class Contents {
   public:
-    Contents(const py::iterable& dicts, const std::optional<std::vector<py::object>>& names)
-        : names_(names.value_or(std::vector<py::object>())), whole_(!names) {
+    Contents(const py::list& dicts, const std::optional<std::vector<py::str>>& names)
+        : names_(names.value_or(std::vector<py::str>())), whole_(!names) {
         for (const py::handle each : dicts) {
-            dicts_.push_back(py::reinterpret_borrow<py::dict>(each));
+            dicts_.push_back(py::cast<py::dict>(each).ptr());
             if (whole_) sizes_.push_back(PyDict_Size(each.ptr()));
         }
         visit([this](PyObject* value) {
-            values_.push_back(py::reinterpret_borrow<py::object>(value));
+            values_.push_back(value);
             return true;
         });
     }
@@ -48,37 +49,43 @@ class Contents {
     bool are_current() const {
         if (whole_) {
             for (size_t i = 0; i < dicts_.size(); ++i) {
-                if (PyDict_Size(dicts_[i].ptr()) != sizes_[i]) return false;
+                if (PyDict_Size(dicts_[i]) != sizes_[i]) return false;
             }
         }
         auto value = values_.begin();
-        return visit([&](PyObject* found) { return found == (value++)->ptr(); });
+        return visit([&](PyObject* found) { return found == *value++; });
     }
 
-    std::vector<py::object> values() const { return values_; }
+    py::list values() const {
+        py::list all;
+        for (PyObject* value : values_) {
+            if (value) all.append(py::handle(value));
+        }
+        return all;
+    }
 
   private:
     // Shows `see` one value after the other, null for a name that is not there, as long as that returns true.
     template <class See>
     bool visit(const See& see) const {
-        for (const py::dict& dict : dicts_) {
+        for (PyObject* dict : dicts_) {
             PyObject *key, *value;
             Py_ssize_t position = 0;
-            while (whole_ && PyDict_Next(dict.ptr(), &position, &key, &value)) {
+            while (whole_ && PyDict_Next(dict, &position, &key, &value)) {
                 if (!see(value)) return false;
             }
-            for (const py::object& name : names_) {
-                if (!see(PyDict_GetItemWithError(dict.ptr(), name.ptr()))) return false;
+            for (const py::str& name : names_) {
+                if (!see(PyDict_GetItemWithError(dict, name.ptr()))) return false;
             }
         }
         return true;
     }
 
-    std::vector<py::dict> dicts_;
-    std::vector<py::object> names_;
+    std::vector<PyObject*> dicts_;
+    std::vector<py::str> names_;
     bool whole_;
     std::vector<Py_ssize_t> sizes_;
-    std::vector<py::object> values_;
+    std::vector<PyObject*> values_;
 };
 
 }  // namespace
@@ -92,8 +99,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("set_cpu_capability", &autoq::cpu::set_capability, py::arg("name"),
           "Chooses the kernels by name, for the whole process. Raises ValueError if the processor cannot run them.");
     py::class_<Contents>(m, "Contents")
-        .def(py::init<const py::iterable&, const std::optional<std::vector<py::object>>&>(), py::arg("dicts"),
-             py::arg("names") = py::none())
+        .def(py::init<const py::list&, const std::optional<std::vector<py::str>>&>(), py::arg("dicts"),
+             py::arg("names"))
         .def("are_current", &Contents::are_current)
-        .def_property_readonly("values", &Contents::values);
+        .def("values", &Contents::values);
 }

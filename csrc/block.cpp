@@ -356,8 +356,8 @@ Values attend_with_torch(const Run& run, const Tensor& qkv, AttentionInput& inpu
     }
     const Tensor result = scaled_dot_product_attention(torch::stable::transpose(queries, 1, 2), keys, values, terms,
                                                        shared > 1 && !repeated);
-    return values_of(torch::stable::reshape(torch::stable::transpose(result, 1, 2),
-                                            {input.batch, input.tokens, layout.heads * layout.head_dim}));
+    return values_of(make_contiguous(torch::stable::reshape(
+        torch::stable::transpose(result, 1, 2), {input.batch, input.tokens, layout.heads * layout.head_dim})));
 }
 
 Values attend(const Run& run, const Values& qkv) {
@@ -503,7 +503,9 @@ Tensor DecoderBlocks::run(const BlockDevice& device, const StepArguments& step) 
     check_hidden(device, step.hidden);
     STD_TORCH_CHECK(step.hidden.scalar_type() == dtype_ && step.hidden.size(0) == shape_[0] &&
                         step.hidden.size(1) == shape_[1] && step.hidden.size(2) == shape_[2],
-                    "autoq::decoder_blocks: the hidden states are not those that the blocks were prepared for");
+                    "autoq::decoder_blocks: the hidden states are [", step.hidden.size(0), ", ", step.hidden.size(1),
+                    ", ", step.hidden.size(2), "], but the blocks were kept for [", shape_[0], ", ", shape_[1], ", ",
+                    shape_[2], "] in the dtype of the first step; keep them anew");
     StepTerms terms(device, step, past_);
     if (step.hidden.numel() == 0) return torch::stable::empty_like(step.hidden);
     Values hidden = values_of(make_contiguous(step.hidden));

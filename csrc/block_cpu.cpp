@@ -20,8 +20,12 @@ const cpu::BlockKernels& block_kernels() { return *cpu::kernels().block; }
 // From so many tokens on torch's attention, where that multiplies with matrix units, is faster than ours.
 constexpr int64_t kManyTokens = 16;
 
-// Of several tokens: they share what is made of the keys.
+// Queries of several tokens that a thread takes at once: they share what is made of the keys.
 constexpr int64_t kQueriesPerItem = 64;
+constexpr int64_t kLeastQueriesPerItem = 16;
+
+// Queries that a thread keeps memory for, so that a token needs none of torch's.
+constexpr int64_t kScratchFloats = 1 << 18;
 
 bool torch_attends(int64_t tokens) { return tokens >= kManyTokens && cpu::kernels().torch_attends; }
 
@@ -39,14 +43,16 @@ void rotate_all(AttentionInput& input, float* queries) {
 
 void attend_directly(const AttentionInput& input) {
     const int64_t shared = input.layout.heads / input.layout.kv_heads;  // query heads of a key head
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     int64_t heads_per_item = shared, tokens_per_item = 1;
     if (input.tokens == 1) {
         // All query heads of a key head in one pass over the keys, unless that leaves threads without work.
-        const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t fair = std::max<int64_t>(1, input.batch * input.layout.heads / threads);
         heads_per_item = std::min(shared, fair);
     } else {
-        tokens_per_item = std::max<int64_t>(1, kQueriesPerItem / shared);
+        const int64_t fair = input.batch * input.layout.kv_heads * input.tokens / (4 * threads);
+        const int64_t queries = std::clamp(fair * shared, kLeastQueriesPerItem, kQueriesPerItem);
+        tokens_per_item = std::max<int64_t>(1, queries / shared);
     }
     const int64_t chunks = (shared + heads_per_item - 1) / heads_per_item;
     const int64_t spans = (input.tokens + tokens_per_item - 1) / tokens_per_item;
@@ -115,7 +121,10 @@ class CpuDevice : public BlockDevice {
     void attend(AttentionInput& input, const Buffer& output) const override {
         static thread_local cpu::Scratch scratch;
         const int64_t floats = input.batch * input.tokens * input.layout.heads * input.padded_head_dim();
-        rotate_all(input, reinterpret_cast<float*>(scratch.get(floats * static_cast<int64_t>(sizeof(float)))));
+        std::optional<Tensor> queries;
+        if (floats > kScratchFloats) queries = torch::stable::new_empty(output.tensor, {floats}, ScalarType::Float);
+        rotate_all(input, queries ? static_cast<float*>(queries->data_ptr())
+                                  : reinterpret_cast<float*>(scratch.get(floats * sizeof(float))));
         input.output = output.data;
         attend_directly(input);
     }
@@ -145,7 +154,7 @@ class CpuDevice : public BlockDevice {
 
 Tensor run(DecoderBlocks& blocks, const StepArguments& step) {
     // Where torch attends, its operators need the threads for themselves.
-    if (torch_attends(step.hidden.size(1))) return blocks.run(CpuDevice(), step);
+    if (torch_attends(blocks.tokens())) return blocks.run(CpuDevice(), step);
     std::optional<Tensor> output;
     Team::lead([&] { output = blocks.run(CpuDevice(), step); });
     return *output;

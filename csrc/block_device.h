@@ -134,6 +134,8 @@ class DecoderBlocks {
     DecoderBlocks(const BlockDevice& device, const Tensor& hidden, const BlocksArguments& arguments);
     ~DecoderBlocks();
 
+    int64_t tokens() const { return shape_[1]; }
+
     // The operator.
     Tensor run(const BlockDevice& device, const StepArguments& step);
 

@@ -57,7 +57,7 @@ void Team::loop(int64_t begin, int64_t end, int64_t grain, Body body, const void
     end_ = end;
     body_ = body;
     context_ = context;
-    chunk_ = std::max(grain, (items + parts * kChunksPerThread - 1) / (parts * kChunksPerThread) / grain * grain);
+    chunk_ = (items + parts * kChunksPerThread - 1) / (parts * kChunksPerThread);
     const int64_t chunks = (items + chunk_ - 1) / chunk_;
     unfinished_.store(chunks, std::memory_order_relaxed);
     for (int64_t part = 0; part < parts; ++part) {

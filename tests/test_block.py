@@ -281,7 +281,7 @@ def test_kept_blocks_give_what_the_operator_gives() -> None:
         expected.append(block_ops.decoder_blocks(hidden, *theirs[1:]))
     assert all(torch.equal(result, right) for result, right in zip(found, expected, strict=True))
     assert all(torch.equal(cache, right) for cache, right in zip(ours[1] + ours[2], theirs[1] + theirs[2], strict=True))
-    with pytest.raises(RuntimeError, match="not those that the blocks were prepared for"):
+    with pytest.raises(RuntimeError, match="but the blocks were kept for"):
         kept(first[0].repeat(2, 1, 1), *block_ops.KeptBlocks.changing(ours)[1:])
     number = kept._number
     del kept

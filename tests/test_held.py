@@ -12,11 +12,11 @@ from autoq import ops
 from autoq.nn import held
 
 NATIVE = ops.extension_missing() is None
-CONTENTS = [held._PlainContents, *([held.Contents] if NATIVE else [])]
+CONTENTS = [held._PlainContents, *([held._NativeContents] if NATIVE else [])]
 PLACES = [held._PlainPlaces, *([held._NativePlaces] if NATIVE else [])]
 
 
-@pytest.mark.parametrize("contents_class", CONTENTS, ids=lambda each: each.__module__)
+@pytest.mark.parametrize("contents_class", CONTENTS)
 def test_contents_are_compared_by_identity(contents_class: Any) -> None:
     one, other = [1], [1]
     dicts: list[dict[str, Any]] = [{"a": one, "b": None}, {}]
@@ -33,7 +33,7 @@ def test_contents_are_compared_by_identity(contents_class: Any) -> None:
     assert not contents.are_current()
 
 
-@pytest.mark.parametrize("contents_class", CONTENTS, ids=lambda each: each.__module__)
+@pytest.mark.parametrize("contents_class", CONTENTS)
 def test_only_the_names_that_are_asked_for_matter(contents_class: Any) -> None:
     held_by = {"mode": "exact", "calls": 1}
     contents = contents_class([held_by], ["mode", "forward"])

@@ -308,9 +308,10 @@ class FusedForward:
         self._collect()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_block": self._block()}
-        del state["_held"]  # and what is collected anew
-        return state
+        collected = ("_tensors", "_held", "_dtypes")
+        return {name: value for name, value in self.__dict__.items() if name not in collected} | {
+            "_block": self._block()
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -343,7 +344,7 @@ class FusedForward:
 
     def _run(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
         """The block's output, or None where its own forward has to make it."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_autocast_enabled(hidden.device.type):
             return None
         if block.training or options.get("output_attentions") or not self._parts.untouched():
             return None

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoq import ops
 
@@ -39,7 +39,20 @@ class _PlainContents:
         return (held.get(name) for held in self._dicts for name in self._names)
 
 
-Contents: Any = _PlainContents if ops.extension_missing() else importlib.import_module("autoq._C").Contents
+class _NativeContents:
+    """The same."""
+
+    def __init__(self, dicts: Iterable[dict[str, Any]], names: list[str] | None = None) -> None:
+        self._dicts = list(dicts)
+        self._native = importlib.import_module("autoq._C").Contents(self._dicts, names)
+        self.values: list[Any] = self._native.values()
+
+    def are_current(self) -> bool:
+        current: bool = self._native.are_current()
+        return current
+
+
+Contents: Any = _PlainContents if ops.extension_missing() else _NativeContents
 
 
 class _PlainPlaces:
@@ -68,7 +81,12 @@ class _NativePlaces:
         return same
 
 
-_Places: Any = _PlainPlaces if ops.extension_missing() else _NativePlaces
+def _places(tensors: list[Tensor]) -> Any:
+    # Subclasses may know no operators of ours, and where torch swaps a module's tensors, nothing native may hold them.
+    plain = any(type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) for tensor in tensors)
+    if plain or ops.extension_missing() or torch.__future__.get_swap_module_params_on_conversion():
+        return _PlainPlaces(tensors)
+    return _NativePlaces(tensors)
 
 
 class HeldTensors:
@@ -80,7 +98,7 @@ class HeldTensors:
         self._contents = Contents(dicts)
         self.tensors: list[Tensor] = [tensor for tensor in self._contents.values if tensor is not None]
         devices = {tensor.device for tensor in self.tensors}  # an operator is given tensors of one
-        self._places = [_Places([each for each in self.tensors if each.device == device]) for device in devices]
+        self._places = [_places([each for each in self.tensors if each.device == device]) for device in devices]
         unimportant = {id(tensor) for tensor in read_anew}
         self._versioned = [
             tensor for tensor in self.tensors if not tensor.is_inference() and id(tensor) not in unimportant

@@ -205,7 +205,7 @@ class HostRecording:
     """The operators that a function calls, one after the other without what is around them.
 
     Those that give the same every time, since nothing they are given changes, are left out: their results are kept.
-    Decoder blocks that follow each other are one call, of what they have in common with those of other steps kept.
+    Decoder blocks that follow each other are one call, and kept from one replay to the next.
     """
 
     def __init__(self, run: Run, device: torch.device, inputs: Iterable[Tensor]) -> None:
@@ -235,7 +235,7 @@ class HostRecording:
 
     def _step(self, call: _Call) -> _Step:
         moved: list[tuple[Any, Any, int]] = []
-        if call.function is decoder_blocks and KeptBlocks.can_be_made(call.result.device):
+        if call.function is decoder_blocks and KeptBlocks.can_be_made(call.args):
             call = call._replace(function=KeptBlocks(*call.args), args=KeptBlocks.changing(call.args))
         args, kwargs = self._arguments(list(call.args), moved), self._arguments(call.kwargs, moved)
         several = isinstance(call.result, (list, tuple))

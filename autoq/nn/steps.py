@@ -237,7 +237,8 @@ class RecordedSteps:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         assert model is not None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or model.training:
+        tracing = torch.compiler.is_compiling() or torch._C._is_tracing()
+        if torch.is_grad_enabled() or tracing or model.training:
             return type(model).forward(model, *args, **kwargs)
         output = self._step(model, args, kwargs)
         return type(model).forward(model, *args, **kwargs) if output is None else output

@@ -558,45 +558,81 @@ void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int6
 
 // ---- dense linears -------------------------------------------------------------------------------------------------
 
-// Rows whose sums fit the registers together. They take one output after the other: memory is read fastest as one
-// stream.
-constexpr int kDenseRows = kRegisters == 1 ? 4 : 2;
-// An output is summed in so many vectors, since one takes the next product only when it has the last.
-constexpr int kDenseSums = 2;
-// How far ahead weights are asked for.
-constexpr int64_t kDensePrefetchBytes = 8192;
+// Rows and outputs whose sums fit the registers together.
+constexpr int64_t kDenseRows = kRegisters == 1 ? 4 : 2;
+constexpr int64_t kDenseOutputs = 4;
 
 // `inputs` are the rows in fp32, each filled up with zeros to `padded` columns.
-template <Float DTYPE, int ROWS>
-AUTOQ_VECTOR void multiply_dense_rows(const DenseProduct& product, const float* inputs, int64_t padded, int64_t row,
+template <Float DTYPE, int ROWS, int OUTPUTS>
+AUTOQ_VECTOR void multiply_dense_tile(const DenseProduct& product, const float* inputs, int64_t padded, int64_t row,
                                       int64_t output) {
-    constexpr int64_t kStep = 16 * kDenseSums, kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2;
+    Lanes sums[ROWS][OUTPUTS] = {};
+    for_each_step(product.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Lanes values[ROWS];
+        for (int r = 0; r < ROWS; ++r) values[r] = load<Float::kFloat32>(inputs, (row + r) * padded + column);
+        for (int o = 0; o < OUTPUTS; ++o) {
+            const int64_t place = (output + o) * product.columns + column;
+            const Lanes weight = load_some<DTYPE>(product.weight, place, count);
+            for (int r = 0; r < ROWS; ++r) sums[r][o] = multiply_add(values[r], weight, sums[r][o]);
+        }
+    });
+    for (int r = 0; r < ROWS; ++r) {
+        for (int o = 0; o < OUTPUTS; ++o) {
+            const float bias = product.bias ? load_float(product.bias, DTYPE, output + o) : 0.0f;
+            const int64_t place = (row + r) * product.outputs + output + o;
+            store_float(product.output, DTYPE, place, sum_of(sums[r][o]) + bias);
+        }
+    }
+}
+
+template <Float DTYPE, int OUTPUTS>
+void multiply_dense_outputs(const DenseProduct& product, const float* inputs, int64_t padded, int64_t output) {
+    // What comes after these outputs, while these are multiplied.
+    constexpr int64_t kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2;
+    const int64_t bytes = OUTPUTS * product.columns * kItemBytes, next = (output + OUTPUTS) * product.columns;
+    const char* ahead = static_cast<const char*>(product.weight) + next * kItemBytes;
+    if (output + 2 * OUTPUTS <= product.outputs) {
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+    }
+    int64_t row = 0;
+    for (; row + kDenseRows <= product.rows; row += kDenseRows) {
+        // As many sums as registers hold.
+        for (int64_t o = 0; o < OUTPUTS; o += kDenseRows) {
+            constexpr int kSome = OUTPUTS < kDenseRows ? OUTPUTS : kDenseRows;
+            multiply_dense_tile<DTYPE, kDenseRows, kSome>(product, inputs, padded, row, output + o);
+        }
+    }
+    for (; row < product.rows; ++row) multiply_dense_tile<DTYPE, 1, OUTPUTS>(product, inputs, padded, row, output);
+}
+
+// Few rows take one output after the other: memory is read fastest as one stream.
+template <Float DTYPE, int ROWS>
+AUTOQ_VECTOR void multiply_dense_few(const DenseProduct& product, const float* inputs, int64_t padded, int64_t output) {
+    constexpr int64_t kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2, kAhead = 8192;
     const char* weights = static_cast<const char*>(product.weight) + output * product.columns * kItemBytes;
-    Lanes sums[ROWS][kDenseSums] = {};
-    const auto add = [&](int64_t column, int64_t count, int sum) __attribute__((always_inline)) {
+    Lanes sums[ROWS] = {};
+    const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         const Lanes weight = load_some<DTYPE>(weights, column, count);
         for (int r = 0; r < ROWS; ++r) {
-            const Lanes values = load<Float::kFloat32>(inputs, (row + r) * padded + column);
-            sums[r][sum] = multiply_add(values, weight, sums[r][sum]);
+            sums[r] = multiply_add(load<Float::kFloat32>(inputs, r * padded + column), weight, sums[r]);
         }
     };
     int64_t column = 0;
-    for (; column + kStep <= product.columns; column += kStep) {
-        const char* ahead = weights + column * kItemBytes + kDensePrefetchBytes;
-        for (int64_t line = 0; line < kStep * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-        for (int i = 0; i < kDenseSums; ++i) add(column + 16 * i, 16, i);
+    for (; column + 32 <= product.columns; column += 32) {
+        const char* ahead = weights + column * kItemBytes + kAhead;
+        for (int64_t line = 0; line < 32 * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        add(column, 16);
+        add(column + 16, 16);
     }
-    for (; column < product.columns; column += 16) add(column, std::min<int64_t>(16, product.columns - column), 0);
+    for (; column < product.columns; column += 16) add(column, std::min<int64_t>(16, product.columns - column));
     const float bias = product.bias ? load_float(product.bias, DTYPE, output) : 0.0f;
     for (int r = 0; r < ROWS; ++r) {
-        Lanes sum = sums[r][0];
-        for (int i = 1; i < kDenseSums; ++i) sum += sums[r][i];
-        store_float(product.output, DTYPE, (row + r) * product.outputs + output, sum_of(sum) + bias);
+        store_float(product.output, DTYPE, r * product.outputs + output, sum_of(sums[r]) + bias);
     }
 }
 
 template <Float DTYPE>
-void multiply_dense_outputs(const DenseProduct& product, int64_t begin, int64_t end) {
+void multiply_dense_rows(const DenseProduct& product, int64_t begin, int64_t end) {
     const int64_t padded = (product.columns + 15) / 16 * 16;
     float* inputs = floats_of_thread(static_cast<size_t>(product.rows * padded));
     for (int64_t row = 0; row < product.rows; ++row) {
@@ -605,13 +641,22 @@ void multiply_dense_outputs(const DenseProduct& product, int64_t begin, int64_t 
             store<Float::kFloat32>(inputs, row * padded + column, values);
         });
     }
-    for (int64_t output = begin; output < end; ++output) {
-        int64_t row = 0;
-        for (; row + kDenseRows <= product.rows; row += kDenseRows) {
-            multiply_dense_rows<DTYPE, kDenseRows>(product, inputs, padded, row, output);
-        }
-        for (; row < product.rows; ++row) multiply_dense_rows<DTYPE, 1>(product, inputs, padded, row, output);
+    int64_t output = begin;
+    switch (product.rows) {
+        case 1:
+            for (; output < end; ++output) multiply_dense_few<DTYPE, 1>(product, inputs, padded, output);
+            return;
+        case 2:
+            for (; output < end; ++output) multiply_dense_few<DTYPE, 2>(product, inputs, padded, output);
+            return;
+        case 3:
+            for (; output < end; ++output) multiply_dense_few<DTYPE, 3>(product, inputs, padded, output);
+            return;
     }
+    for (; output + kDenseOutputs <= end; output += kDenseOutputs) {
+        multiply_dense_outputs<DTYPE, kDenseOutputs>(product, inputs, padded, output);
+    }
+    for (; output < end; ++output) multiply_dense_outputs<DTYPE, 1>(product, inputs, padded, output);
 }
 
 // ---- the table ---------------------------------------------------------------------------------------------------
@@ -645,7 +690,7 @@ void attend(const AttentionInput& input, int64_t batch, int64_t head, int64_t co
 }
 
 void multiply_dense(const DenseProduct& product, int64_t begin, int64_t end) {
-    with_dtype(product.dtype, [&](auto kind) { multiply_dense_outputs<kind()>(product, begin, end); });
+    with_dtype(product.dtype, [&](auto kind) { multiply_dense_rows<kind()>(product, begin, end); });
 }
 
 constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend, multiply_dense};
