@@ -302,16 +302,17 @@ AUTOQ_INLINE void add_tile_products(__m512i& sums, __m512i of_row, __m512i weigh
 // The integer sums of a block for `ROWS` rows and 16 * `COLUMNS` outputs. Four bytes of a row, two words or four bytes,
 // are broadcast to multiply with as many weights of each of 16 outputs.
 template <Element ELEMENT, int ROWS, int COLUMNS>
-AUTOQ_INLINE void dot_tiles(const uint8_t* values, int64_t value_tile, const uint8_t* weights, int64_t steps,
-                            __m512i (&dots)[ROWS][COLUMNS]) {
+AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* next, int64_t value_tile, const uint8_t* weights,
+                            int64_t steps, __m512i (&dots)[ROWS][COLUMNS]) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; ++c) dots[r][c] = _mm512_setzero_si512();
-    for (; steps > 0; steps -= 16, values += value_tile, weights += kTileBytes) {
+    for (; steps > 0; steps -= 16, values += value_tile, next += value_tile, weights += kTileBytes) {
         const int64_t tile_steps = steps < 16 ? steps : 16;
         for (int64_t step = 0; step < tile_steps; ++step) {
             __m512i four[COLUMNS];
+            if (ROWS == 8) _mm_prefetch(next + step * 32, _MM_HINT_T0);
 #pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) {
                 four[c] = _mm512_load_si512(weights + c * kSliceTiles * kTileBytes + step * 64);
@@ -370,18 +371,20 @@ template <Element ELEMENT, int ROWS, int COLUMNS>
 AUTOQ_TARGET void multiply_rows(const ActivationTiles& rows, const Panel& panel, int64_t row, int64_t row_block) {
     const bool shifted = ELEMENT == Element::kByte && panel.weight->bits == 8;
     const int words = rows.rounding.words;
+    const int64_t next_row = row + ROWS < rows.rows ? row + ROWS : 0;
     float* results[COLUMNS];  // of the first row; the others follow it, since they are in one tile
     for (int c = 0; c < COLUMNS; ++c) results[c] = panel.result(row, row_block + c);
     for (int64_t i = panel.first_block; i < panel.last_block; ++i) {
         const ColumnBlock& block = rows.blocks[i];
         const uint8_t* values = rows.row(row, block);
+        const uint8_t* next = rows.row(next_row, block);
         const RowBlock* parameters = rows.row_block(row, i);
         const OutputBlock* outputs[COLUMNS];
         for (int c = 0; c < COLUMNS; ++c) outputs[c] = &panel.output(row_block + c, i);
         for (int word = 0; word < words; ++word, ++parameters) {
             __m512i dots[ROWS][COLUMNS];
-            dot_tiles<ELEMENT>(values + word * kTileBytes, rows.planes * kTileBytes, panel.tile(row_block, block),
-                               rows.steps(block), dots);
+            dot_tiles<ELEMENT>(values + word * kTileBytes, next + word * kTileBytes, rows.planes * kTileBytes,
+                               panel.tile(row_block, block), rows.steps(block), dots);
             if (shifted) add_shifts(dots, outputs, parameters, words);
             add_block<ELEMENT>(dots, outputs, parameters, words, results);
         }
@@ -555,9 +558,17 @@ void dequantize_avx512(const PackedWeight& weight, void* dense, Float dtype, int
     });
 }
 
-const Kernels avx512_kernels = {
-    kFewRows,       no_digit_tiles,    prepare_avx512, multiply_avx512, element,       prepare_tiles_avx512,
-    multiply_tiles, dequantize_avx512, &avx512_block,  false,           &avx512_search};
+namespace {
+
+constexpr Kernels with_block(const BlockKernels* block) {
+    return {kFewRows,       no_digit_tiles,    prepare_avx512, multiply_avx512, element,       prepare_tiles_avx512,
+            multiply_tiles, dequantize_avx512, block,          false,           &avx512_search};
+}
+
+}  // namespace
+
+const Kernels avx512_kernels = with_block(&avx512_block);
+const Kernels avx512_bf16_kernels = with_block(&avx512_bf16_block);
 
 }  // namespace autoq::cpu
 

@@ -1,8 +1,10 @@
 // The steps of a decoder block between its linears: norm, rotary positions, attention, activation; and linears that are
 // not quantized. Knows no torch.
 //
-// Each instruction set fills in one table of them, from the same source (block_kernels.h). All arithmetic is fp32;
-// results are rounded once, to the dtype of the hidden states. Unlike the linears, the sets may differ in the last bit.
+// Each instruction set fills in one table of them, from the same source (block_kernels.h). All arithmetic is fp32, but
+// for what products of bf16 are used for (attention of many queries in a bf16 model, whose rotated queries and weights
+// they round to bf16); results are rounded once, to the dtype of the hidden states. Unlike the linears, the sets may
+// differ in the last bit.
 #pragma once
 
 #include "../block.h"
@@ -46,6 +48,7 @@ extern const BlockKernels portable_block;
 #if defined(__x86_64__)
 extern const BlockKernels avx2_block;
 extern const BlockKernels avx512_block;
+extern const BlockKernels avx512_bf16_block;
 #endif
 
 }  // namespace autoq::cpu

@@ -54,6 +54,16 @@ namespace avx512 {
 #undef AUTOQ_LEVEL
 }  // namespace avx512
 AUTOQ_END_TARGET
+
+AUTOQ_BEGIN_TARGET(AUTOQ_AVX512_BF16_FEATURES)
+namespace avx512_bf16 {
+#define AUTOQ_LEVEL 512
+#define AUTOQ_BF16_PAIRS
+#include "block_kernels.h"
+#undef AUTOQ_BF16_PAIRS
+#undef AUTOQ_LEVEL
+}  // namespace avx512_bf16
+AUTOQ_END_TARGET
 #endif
 
 }  // namespace
@@ -62,6 +72,7 @@ const BlockKernels portable_block = portable::kernels_of_set;
 #if defined(__x86_64__)
 const BlockKernels avx2_block = avx2::kernels_of_set;
 const BlockKernels avx512_block = avx512::kernels_of_set;
+const BlockKernels avx512_bf16_block = avx512_bf16::kernels_of_set;
 #endif
 
 }  // namespace autoq::cpu

@@ -45,6 +45,11 @@ bool runs_avx512() {
            __builtin_cpu_supports("avx512vnni");
 }
 
+bool runs_avx512_bf16() {
+    unsigned eax, ebx, ecx, edx;  // not every compiler knows the feature by name
+    return runs_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1) != 0;
+}
+
 // Tiles are 8 KB of state in every thread that uses them, so Linux gives them only to processes that ask.
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -95,10 +100,12 @@ constexpr Capability kAll[] = {
 #if defined(__x86_64__)
     {"avx2", runs_avx2, &avx2_kernels},
     {"avx512", runs_avx512, &avx512_kernels},
+    {"avx512_bf16", runs_avx512_bf16, &avx512_bf16_kernels},
     {"amx", runs_amx, &amx_kernels},
 #else
     {"avx2", nullptr, nullptr},
     {"avx512", nullptr, nullptr},
+    {"avx512_bf16", nullptr, nullptr},
     {"amx", nullptr, nullptr},
 #endif
 };
@@ -131,6 +138,7 @@ std::vector<std::pair<std::string, bool>> features() {
     AUTOQ_FEATURE("avx512dq");
     AUTOQ_FEATURE("avx512vnni");
 #undef AUTOQ_FEATURE
+    found.emplace_back("avx512_bf16", runs_avx512_bf16());
     found.emplace_back("amx_tile", has_amx_tile());
     found.emplace_back("amx_int8", has_amx_int8());
     found.emplace_back("amx_bf16", has_amx_bf16());
@@ -159,7 +167,8 @@ void set_capability(const std::string& name) {
         chosen() = &capability;
         return;
     }
-    throw std::invalid_argument("there are no " + name + " kernels; choose portable, neon, avx2, avx512 or amx");
+    throw std::invalid_argument("there are no " + name +
+                                " kernels; choose portable, neon, avx2, avx512, avx512_bf16 or amx");
 }
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }

@@ -14,8 +14,6 @@ constexpr int kTileRows = 4, kTileLanes = 1;
 constexpr int kTileRows = 2, kTileLanes = 1;
 #endif
 
-AUTOQ_VECTOR Lanes smaller(Lanes a, Lanes b) { return where_less(a, b, a, b); }
-
 // Where the values of a group go: to `code * scale`, the code, less its zero point, between two ends.
 struct Grid {
     float scale, lowest, highest;

@@ -13,3 +13,4 @@
 
 #define AUTOQ_AVX2_FEATURES "avx2,fma,f16c"
 #define AUTOQ_AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define AUTOQ_AVX512_BF16_FEATURES AUTOQ_AVX512_FEATURES ",avx512bf16"

@@ -88,33 +88,6 @@ AUTOQ_VECTOR float sum_of(Lanes lanes) {
 #endif
 }
 
-// The sums of sixteen vectors, one in each lane.
-AUTOQ_VECTOR Lanes sums_of(const Lanes (&vectors)[16]) {
-#if AUTOQ_LEVEL == 512
-    // Pairs of vectors become one, four times: each lane then holds the sum over one vector.
-    __m512 eight[8], four[4];
-    for (int i = 0; i < 8; ++i) {
-        const __m512 a = vectors[2 * i].of[0], b = vectors[2 * i + 1].of[0];
-        eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    }
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    const __m512 first =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-    const __m512 second =
-        _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd))};
-#else
-    float sums[16];
-    for (int i = 0; i < 16; ++i) sums[i] = sum_of(vectors[i]);
-    Lanes lanes;
-    AUTOQ_EACH_REGISTER std::memcpy(&lanes.of[i], sums + i * kRegisterLanes, sizeof(Register));
-    return lanes;
-#endif
-}
-
 // Lane i of vector j becomes lane j of vector i.
 AUTOQ_VECTOR void transpose(Lanes (&vectors)[16]) {
 #if AUTOQ_LEVEL == 512
@@ -164,7 +137,22 @@ AUTOQ_VECTOR Lanes keep_nan(Lanes x, Lanes values) {
     return values;
 }
 
-AUTOQ_VECTOR Lanes larger(Lanes a, Lanes b) { return where_less(b, a, a, b); }
+// The larger and the smaller of two; `b` if one is NaN.
+AUTOQ_VECTOR Lanes larger(Lanes a, Lanes b) {
+#if AUTOQ_LEVEL == 512
+    return {_mm512_max_ps(a.of[0], b.of[0])};
+#else
+    return where_less(b, a, a, b);
+#endif
+}
+
+AUTOQ_VECTOR Lanes smaller(Lanes a, Lanes b) {
+#if AUTOQ_LEVEL == 512
+    return {_mm512_min_ps(a.of[0], b.of[0])};
+#else
+    return where_less(a, b, a, b);
+#endif
+}
 
 AUTOQ_VECTOR float largest_of(Lanes lanes) {
 #if AUTOQ_LEVEL == 512
@@ -175,6 +163,47 @@ AUTOQ_VECTOR float largest_of(Lanes lanes) {
     float largest = most[0];
     for (int i = 1; i < kRegisterLanes; ++i) largest = most[i] > largest ? most[i] : largest;
     return largest;
+#endif
+}
+
+// What the lanes of a vector are reduced to.
+struct Sum {
+    AUTOQ_VECTOR Lanes join(Lanes a, Lanes b) { return a + b; }
+    AUTOQ_VECTOR float all(Lanes lanes) { return sum_of(lanes); }
+};
+
+struct Largest {
+    AUTOQ_VECTOR Lanes join(Lanes a, Lanes b) { return larger(a, b); }
+    AUTOQ_VECTOR float all(Lanes lanes) { return largest_of(lanes); }
+};
+
+// Each of sixteen vectors reduced, to a lane.
+template <class REDUCTION>
+AUTOQ_VECTOR Lanes reduce_each(const Lanes (&vectors)[16]) {
+#if AUTOQ_LEVEL == 512
+    // Pairs of vectors become one, four times.
+    Lanes eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = vectors[2 * i].of[0], b = vectors[2 * i + 1].of[0];
+        eight[i] = REDUCTION::join({_mm512_unpacklo_ps(a, b)}, {_mm512_unpackhi_ps(a, b)});
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(eight[2 * i].of[0]), b = _mm512_castps_pd(eight[2 * i + 1].of[0]);
+        four[i] =
+            REDUCTION::join({_mm512_castpd_ps(_mm512_unpacklo_pd(a, b))}, {_mm512_castpd_ps(_mm512_unpackhi_pd(a, b))});
+    }
+    const auto halves = [](Lanes a, Lanes b) __attribute__((always_inline)) {
+        return REDUCTION::join({_mm512_shuffle_f32x4(a.of[0], b.of[0], 0x88)},
+                               {_mm512_shuffle_f32x4(a.of[0], b.of[0], 0xdd)});
+    };
+    for (int i = 0; i < 2; ++i) two[i] = halves(four[2 * i], four[2 * i + 1]);
+    return halves(two[0], two[1]);
+#else
+    float reduced[16];
+    for (int i = 0; i < 16; ++i) reduced[i] = REDUCTION::all(vectors[i]);
+    Lanes lanes;
+    AUTOQ_EACH_REGISTER std::memcpy(&lanes.of[i], reduced + i * kRegisterLanes, sizeof(Register));
+    return lanes;
 #endif
 }
 
@@ -295,7 +324,7 @@ AUTOQ_VECTOR void store_some(void* data, int64_t index, int64_t count, const Lan
 // e^x to about one unit in the last place: 2^n e^r with |r| <= ln(2) / 2, and a polynomial for e^r. Below -87.3 zero.
 AUTOQ_VECTOR Lanes exponential(Lanes x) {
     const Lanes lowest = all_lanes(-87.3f), highest = all_lanes(88.7f), magic = all_lanes(12582912.0f);  // 1.5 * 2^23
-    const Lanes bounded = where_less(x, lowest, lowest, where_less(highest, x, highest, x));
+    const Lanes bounded = smaller(highest, larger(lowest, x));                                           // NaN stays
     const Lanes shifted = multiply_add(bounded, all_lanes(1.44269504f), magic);
     const Lanes whole = shifted - magic;
     Lanes rest = multiply_add(whole, all_lanes(-0.693359375f), bounded);
@@ -308,10 +337,23 @@ AUTOQ_VECTOR Lanes exponential(Lanes x) {
     power = multiply_add(power, rest, all_lanes(0.5f));
     power = multiply_add(power, rest, all_lanes(1.0f));
     power = multiply_add(power, rest, all_lanes(1.0f));
+#if AUTOQ_LEVEL == 512
+    const __mmask16 kept = _mm512_cmp_ps_mask(x.of[0], lowest.of[0], _CMP_NLT_UQ);
+    return {_mm512_maskz_scalef_ps(kept, power.of[0], whole.of[0])};
+#else
     AUTOQ_EACH_REGISTER {
         // The whole part is in the low bits of the shifted number.
         const IntRegister exponent = reinterpret_cast<IntRegister>(shifted.of[i]) << 23;
         power.of[i] = reinterpret_cast<Register>(reinterpret_cast<IntRegister>(power.of[i]) + exponent);
     }
     return keep_nan(x, where_less(x, lowest, Lanes{}, power));
+#endif
+}
+
+// Values are read and written in steps of a register; the last step of a row may be a part of one.
+template <class Step>
+AUTOQ_VECTOR void for_each_step(int64_t columns, Step&& step) {
+    int64_t column = 0;
+    for (; column + 16 <= columns; column += 16) step(column, 16);
+    if (column < columns) step(column, columns - column);
 }
