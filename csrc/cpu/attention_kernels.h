@@ -57,10 +57,20 @@ AUTOQ_VECTOR Lanes load_cached(const CacheView& cache, int64_t row, int64_t size
     return load_bytes(bytes) * all_lanes(cache.scales[row]);
 }
 
+// Asks for what comes 8 KiB behind a row of the cache, before the hardware does.
+template <Float DTYPE>
+AUTOQ_VECTOR void prefetch_behind(const CacheView& cache, int64_t row, int64_t size) {
+    constexpr int64_t kValueBytes = DTYPE == Float::kFloat32 ? 4 : 2, kAhead = 8192;
+    const int64_t bytes = cache.scales ? size : size * kValueBytes;
+    const char* ahead = static_cast<const char*>(cache.data) + row * bytes + kAhead;
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+}
+
 template <Float DTYPE>
 AUTOQ_VECTOR void widen_rows(const CacheView& cache, int64_t first, int64_t rows, int64_t size, int64_t padded,
                              float* wide) {
     for (int64_t row = 0; row < rows; ++row) {
+        prefetch_behind<DTYPE>(cache, first + row, size);
         for_each_step(size, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
             const Lanes values = load_cached<DTYPE>(cache, first + row, size, column, count);
             store<Float::kFloat32>(wide, row * padded + column, values);
@@ -211,6 +221,7 @@ constexpr int64_t kManyQueries = 64;  // that share a pass over the keys
 // A value as fp32.
 struct SingleWord {
     static constexpr int64_t kValues = 1;
+    static constexpr int64_t kLeastQueries = kMaxQueries + 1;  // from so many on this way is the faster one
 
     AUTOQ_VECTOR Lanes broadcast(const float* word) { return all_lanes(*word); }
     AUTOQ_VECTOR Lanes add_products(Lanes a, Lanes b, Lanes sums) { return multiply_add(a, b, sums); }
@@ -235,6 +246,7 @@ struct SingleWord {
 // Two values as bf16, the first in the low half.
 struct PairWord {
     static constexpr int64_t kValues = 2;
+    static constexpr int64_t kLeastQueries = 4;
 
     AUTOQ_VECTOR Lanes broadcast(const float* word) {
         int32_t bits;
@@ -343,6 +355,7 @@ AUTOQ_VECTOR void transpose_rows(const CacheView& cache, int64_t first, int64_t 
         for (int64_t row = 0; row < rows; row += 16) {
             Lanes vectors[16] = {};
             for (int64_t i = 0; i < std::min<int64_t>(16, rows - row); ++i) {
+                if (word == 0) prefetch_behind<DTYPE>(cache, first + row + i, size);
                 vectors[i] = Word<DTYPE>::template of_row<DTYPE>(cache, first + row + i, size, word);
             }
             transpose(vectors);
@@ -356,6 +369,7 @@ template <Float DTYPE>
 AUTOQ_VECTOR void pack_rows(const CacheView& cache, int64_t first, int64_t rows, int64_t size, Words words) {
     constexpr int64_t kValues = Word<DTYPE>::kValues;
     for (int64_t row = 0; row < rows; row += kValues) {
+        for (int64_t i = 0; i < kValues; ++i) prefetch_behind<DTYPE>(cache, first + row + i, size);
         for (int64_t column = 0; column < size; column += 16) {
             const Lanes some = Word<DTYPE>::template of_columns<DTYPE>(cache, first + row, rows - row, size, column);
             store<Float::kFloat32>(words.at(row / kValues, column).data, 0, some);
@@ -363,10 +377,11 @@ AUTOQ_VECTOR void pack_rows(const CacheView& cache, int64_t first, int64_t rows,
     }
 }
 
-// Turns the scores of sixteen queries into weights, and shrinks their outputs so far.
-AUTOQ_VECTOR void weigh_together(Words scores, int64_t padded, float* maxima, float* sums, Words outputs) {
-    Lanes some[16];
-    for (int q = 0; q < 16; ++q) {
+// Turns the scores of at most sixteen queries into weights, and shrinks their outputs so far.
+AUTOQ_VECTOR void weigh_together(Words scores, int64_t count, int64_t padded, float* maxima, float* sums,
+                                 Words outputs) {
+    Lanes some[16] = {};
+    for (int64_t q = 0; q < count; ++q) {
         some[q] = load<Float::kFloat32>(scores.at(q, 0).data, 0);
         for (int64_t i = 16; i < kChunk; i += 16) {
             some[q] = larger(some[q], load<Float::kFloat32>(scores.at(q, i).data, 0));
@@ -377,7 +392,7 @@ AUTOQ_VECTOR void weigh_together(Words scores, int64_t padded, float* maxima, fl
     store<Float::kFloat32>(maxima, 0, maximum);
     float shrinks[16];
     store<Float::kFloat32>(shrinks, 0, shrink);
-    for (int q = 0; q < 16; ++q) {
+    for (int64_t q = 0; q < count; ++q) {
         some[q] = Lanes{};
         for (int64_t i = 0; i < kChunk; i += 16) {
             float* const place = scores.at(q, i).data;
@@ -402,7 +417,6 @@ void attend_many_queries(const AttentionInput& input, int64_t batch, Query* quer
     const int64_t row = input.keys.row(batch, group, 0);
     const int64_t needed = 2 * kChunk * padded + kManyQueries * (2 * padded + kChunk);
     float* memory = floats_of_thread(static_cast<size_t>(needed));
-    std::fill(memory, memory + needed, 0.0f);
     const Words keys{memory, kChunk};                                  // [words of size][kChunk]
     const Words values{keys.data + kChunk * padded, padded};           // [kChunk / kValues][padded]
     const Words left{values.data + kChunk * padded, padded};           // the queries, [count][words of size]
@@ -410,6 +424,7 @@ void attend_many_queries(const AttentionInput& input, int64_t batch, Query* quer
     const Words scores{outputs.data + kManyQueries * padded, kChunk};  // fp32, then words of weights, [count][kChunk]
     alignas(64) float maxima[kManyQueries], sums[kManyQueries] = {0};
     std::fill(maxima, maxima + kManyQueries, kLowest);
+    std::fill(outputs.data, outputs.at(count, 0).data, 0.0f);
     int64_t positions = 0;
     for (int64_t q = 0; q < count; ++q) {
         positions = std::max(positions, queries[q].positions);
@@ -436,7 +451,8 @@ void attend_many_queries(const AttentionInput& input, int64_t batch, Query* quer
             std::fill(of_query + visible, of_query + kChunk, -INFINITY);
         }
         for (int64_t q = begin; q < count; q += 16) {
-            weigh_together(scores.at(q, 0), padded, maxima + q, sums + q, outputs.at(q, 0));
+            weigh_together(scores.at(q, 0), std::min<int64_t>(16, count - q), padded, maxima + q, sums + q,
+                           outputs.at(q, 0));
         }
         for (int64_t q = begin; q < count; ++q) Word<DTYPE>::pack(scores.at(q, 0).data, kChunk, scores.at(q, 0).data);
         multiply<Word<DTYPE>, true>(scores.at(begin, 0), count - begin, values, (rows + kValues - 1) / kValues, padded,
@@ -452,7 +468,7 @@ template <Float DTYPE>
 void attend_heads(const AttentionInput& input, int64_t batch, int64_t head, int64_t count, int64_t first,
                   int64_t tokens) {
     // Not by what this call is given of them, which depends on the number of threads.
-    const bool many = input.tokens > 1 && input.tokens * (input.layout.heads / input.layout.kv_heads) > kMaxQueries;
+    const bool many = input.tokens * (input.layout.heads / input.layout.kv_heads) >= Word<DTYPE>::kLeastQueries;
     const int64_t together = many ? kManyQueries : kMaxQueries;
     const auto attend = many ? attend_many_queries<DTYPE> : attend_queries<DTYPE>;
     Query queries[kManyQueries];

@@ -333,6 +333,9 @@ void test_attention(const BlockKernels& kernels, const std::string& name) {
             {dtype, 6, 2, 36, 7, 64, RotaryKind::kPairs, true, true, 1.5f, Mask::kBoolean, false},
             {dtype, 4, 2, 64, 75, 70, RotaryKind::kHalves, false, false, 0.0f, Mask::kNone, false},
             {dtype, 3, 3, 20, 70, 3, RotaryKind::kNone, true, true, 0.0f, Mask::kAdded, false},
+            {dtype, 8, 2, 64, 1, 130, RotaryKind::kHalves, false, false, 0.0f, Mask::kNone, false},
+            {dtype, 5, 1, 48, 1, 131, RotaryKind::kHalves, true, true, 0.0f, Mask::kAdded, false},
+            {dtype, 20, 1, 24, 1, 70, RotaryKind::kNone, false, false, 0.0f, Mask::kBoolean, false},
         };
         for (const Case& c : cases) {
             const std::string what = name + " attention in " + name_of(dtype) + ", heads of " +

@@ -13,7 +13,7 @@ void test_choice() {
     const std::vector<std::string> names = capabilities();
     check(names.front() == "portable", "portable comes first");
     check(capability() == names.back(), "the best is the default");
-    for (const char* name : {"portable", "neon", "avx2", "avx512", "amx"}) {
+    for (const char* name : {"portable", "neon", "avx2", "avx512", "avx512_bf16", "amx"}) {
         const bool known = std::find(names.begin(), names.end(), name) != names.end();
         bool accepted = true;
         try {
