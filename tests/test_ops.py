@@ -504,7 +504,9 @@ def test_pack_says_what_is_wrong() -> None:
 def test_kernels_are_chosen_by_name() -> None:
     assert EXTENSION is not None
     assert EXTENSION.cpu_capability() == CAPABILITIES[-1]
-    with pytest.raises(ValueError, match="there are no mmx kernels; choose portable, neon, avx2, avx512, avx512_bf16 or amx"):
+    with pytest.raises(
+        ValueError, match="there are no mmx kernels; choose portable, neon, avx2, avx512, avx512_bf16 or amx"
+    ):
         EXTENSION.set_cpu_capability("mmx")
     for name in {"neon", "avx2", "avx512", "avx512_bf16", "amx"} - set(CAPABILITIES):
         with pytest.raises(ValueError, match=f"this processor cannot run the {name} kernels"):
