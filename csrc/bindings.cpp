@@ -34,14 +34,16 @@ std::map<std::string, bool> cpu_features() {
 // garbage collector must see those references (autoq/nn/held.py).
 class Contents {
   public:
-    Contents(const py::list& dicts, const std::optional<std::vector<py::str>>& names)
+    // Appends the values to the list.
+    Contents(const py::list& dicts, const std::optional<std::vector<py::str>>& names, py::list values)
         : names_(names.value_or(std::vector<py::str>())), whole_(!names) {
         for (const py::handle each : dicts) {
             dicts_.push_back(py::cast<py::dict>(each).ptr());
             if (whole_) sizes_.push_back(PyDict_Size(each.ptr()));
         }
-        visit([this](PyObject* value) {
+        visit([&](PyObject* value) {
             values_.push_back(value);
+            if (value) values.append(py::handle(value));
             return true;
         });
     }
@@ -54,14 +56,6 @@ class Contents {
         }
         auto value = values_.begin();
         return visit([&](PyObject* found) { return found == *value++; });
-    }
-
-    py::list values() const {
-        py::list all;
-        for (PyObject* value : values_) {
-            if (value) all.append(py::handle(value));
-        }
-        return all;
     }
 
   private:
@@ -99,8 +93,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("set_cpu_capability", &autoq::cpu::set_capability, py::arg("name"),
           "Chooses the kernels by name, for the whole process. Raises ValueError if the processor cannot run them.");
     py::class_<Contents>(m, "Contents")
-        .def(py::init<const py::list&, const std::optional<std::vector<py::str>>&>(), py::arg("dicts"),
-             py::arg("names"))
-        .def("are_current", &Contents::are_current)
-        .def("values", &Contents::values);
+        .def(py::init<const py::list&, const std::optional<std::vector<py::str>>&, py::list>(), py::arg("dicts"),
+             py::arg("names"), py::arg("values"))
+        .def("are_current", &Contents::are_current);
 }

@@ -47,11 +47,11 @@ void attend_directly(const AttentionInput& input) {
     int64_t heads_per_item = shared, tokens_per_item = 1;
     if (input.tokens == 1) {
         // All query heads of a key head in one pass over the keys, unless that leaves threads without work.
-        const int64_t fair = std::max<int64_t>(1, input.batch * input.layout.heads / threads);
-        heads_per_item = std::min(shared, fair);
+        const int64_t heads = input.batch * input.layout.heads;
+        heads_per_item = std::min(shared, (heads + threads - 1) / threads);
     } else {
-        const int64_t fair = input.batch * input.layout.kv_heads * input.tokens / (4 * threads);
-        const int64_t queries = std::clamp(fair * shared, kLeastQueriesPerItem, kQueriesPerItem);
+        const int64_t fair = input.batch * input.layout.heads * input.tokens / (4 * threads);
+        const int64_t queries = std::clamp(fair, kLeastQueriesPerItem, kQueriesPerItem);
         tokens_per_item = std::max<int64_t>(1, queries / shared);
     }
     const int64_t chunks = (shared + heads_per_item - 1) / heads_per_item;

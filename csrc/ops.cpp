@@ -68,9 +68,10 @@ void multiply_tiles(const PackedWeight& weight, const cpu::InputRows& input, con
     const cpu::ActivationTiles tiles = cpu::activation_tiles(weight, input, mode, kernels, scratch());
     parallel_for(0, input.rows, grain(weight.in_features * 100),
                  [&](int64_t begin, int64_t end) { kernels.prepare_tiles(weight, input, tiles, begin, end); });
-    // Each panel goes through all activations, so threads take whole ones where there are enough to be shared fairly.
+    // Each panel goes through all activations, so threads take whole ones where there are enough to be shared fairly,
+    // and otherwise pairs of row blocks, which the kernels multiply together.
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t step = weight.row_blocks >= 4 * threads * cpu::kPanelBlocks ? cpu::kPanelBlocks : 1;
+    const int64_t step = weight.row_blocks >= 4 * threads * cpu::kPanelBlocks ? cpu::kPanelBlocks : 2;
     parallel_for(0, (weight.row_blocks + step - 1) / step, grain(weight.in_features * kLanes * input.rows * step),
                  [&](int64_t begin, int64_t end) {
                      kernels.multiply_tiles(weight, tiles, output, begin * step,

@@ -145,7 +145,7 @@ def arguments(
 ) -> list[Any]:  # fmt: skip
     """Of a Llama-like block with grouped heads, whose sizes are multiples of nothing convenient."""
     torch.manual_seed(seed)
-    layout = block_ops.HeadLayout.consecutive(4, 2, head_dim)
+    layout = changes.get("heads") or block_ops.HeadLayout.consecutive(4, 2, head_dim)
 
     def linear(out_features: int, in_features: int) -> list[Tensor]:
         weight = torch.randn(out_features, in_features) * in_features**-0.5
@@ -154,7 +154,7 @@ def arguments(
 
     tensors = block_ops.BlockTensors(
         torch.rand(width, dtype=dtype), torch.empty(0), *linear(layout.row_size, width),
-        *linear(width, 4 * head_dim), torch.rand(width, dtype=dtype), torch.rand(width, dtype=dtype),
+        *linear(width, layout.heads * head_dim), torch.rand(width, dtype=dtype), torch.rand(width, dtype=dtype),
         *linear(2 * inner, width), *linear(width, inner), torch.rand(inner, dtype=dtype) + 0.5,
         torch.rand(head_dim, dtype=dtype), torch.rand(head_dim, dtype=dtype),
     )  # fmt: skip
@@ -165,13 +165,13 @@ def arguments(
         "epsilons": (1e-5, 1e-5, 1e-6), "scale": 0.2, "clip": 2.0, **changes,
     }  # fmt: skip
     settings = block_ops.BlockSettings(**chosen)
-    caches = [torch.randn(2, 2, past + tokens + 5, head_dim, dtype=dtype) for _ in range(2)]
+    caches = [torch.randn(2, layout.kv_heads, past + tokens + 5, head_dim, dtype=dtype) for _ in range(2)]
     angles = head_dim // 2 if settings.rotary == block_ops.RotaryKind.HALVES else head_dim // 4
     tables = [torch.randn(1, tokens, angles, dtype=dtype) for _ in range(2)]
     if settings.rotary == block_ops.RotaryKind.NONE:
         tables = [None, None]
     mask = torch.rand(2, 1, tokens, past + tokens) > 0.3
-    bias = torch.randn(1, 4, 1, past + tokens)
+    bias = torch.randn(1, layout.heads, 1, past + tokens)
     hidden = torch.randn(2, tokens, width, dtype=dtype)
     return [
         hidden,
@@ -289,14 +289,46 @@ def test_kept_blocks_give_what_the_operator_gives() -> None:
         torch.ops.autoq.kept_decoder_blocks(first[0], number, *block_ops.KeptBlocks.changing(ours)[1:])
 
 
-def test_the_number_of_threads_changes_nothing(threads: Callable[[int], None]) -> None:
-    given = arguments(tokens=1, width=1024, inner=3008, head_dim=128)
+@pytest.mark.parametrize(("heads", "head_dim"), [((8, 2), 128), ((71, 1), 48)])
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_attention_in_bf16(
+    tokens: int, eight_bits: bool, heads: tuple[int, int], head_dim: int, capability: str
+) -> None:
+    layout = block_ops.HeadLayout.consecutive(*heads, head_dim)
+    given = arguments(tokens, 130, head_dim, torch.bfloat16, heads=layout)
+    if eight_bits:
+        given = with_quantized_cache(given)
+    ours, wanted = copy.deepcopy(given), copy.deepcopy(given)
+    expected = block_ops.reference_decoder_blocks(*wanted)
+    torch.testing.assert_close(block_ops.decoder_blocks(*ours), expected, rtol=2e-2, atol=4e-2)
+
+
+MANY_HEADS = {"dtype": torch.bfloat16, "heads": block_ops.HeadLayout.consecutive(8, 2, 24)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 1, "width": 1024, "inner": 3008, "head_dim": 128},
+        {"tokens": 1, "past": 110, **MANY_HEADS},
+        {"tokens": 20, "past": 110, **MANY_HEADS},
+    ],
+    ids=str,
+)
+def test_the_number_of_threads_changes_nothing(changes: dict[str, Any], threads: Callable[[int], None]) -> None:
+    given = arguments(**changes)
+    if changes["tokens"] > 1:
+        given[8] = None
+        given[0][:, -1] = float("inf")  # in a chunk of the cache that most tokens do not look at
     found = []
     for count in (1, 2, 3, 8):
         threads(count)
         for _ in range(20):
             found.append(block_ops.decoder_blocks(*given))
-    assert all(torch.equal(other, found[0]) for other in found)
+    assert found[0][:, :18].isfinite().all()
+    for other in found:
+        torch.testing.assert_close(other, found[0], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.fixture
@@ -318,6 +350,16 @@ def test_what_a_query_must_not_see_does_not_matter() -> None:
     for (cache,) in given[1:3]:
         cache[:, :, 7:] = float("nan")
     torch.testing.assert_close(block_ops.decoder_blocks(*given), clean)
+
+
+def test_a_chunk_that_must_not_be_seen_does_not_matter(capability: str) -> None:
+    given = arguments(tokens=1, past=200, **MANY_HEADS)
+    given[8] = torch.ones(2, 1, 1, 201, dtype=torch.bool)
+    given[8][0, ..., :128] = False  # padding of the first sequence
+    clean = block_ops.decoder_blocks(*copy.deepcopy(given))
+    for (cache,) in given[1:3]:
+        cache[0, :, 3:100] = float("nan")
+    assert torch.equal(block_ops.decoder_blocks(*given), clean)
 
 
 def test_a_query_that_may_look_nowhere_is_finite() -> None:

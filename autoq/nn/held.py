@@ -44,8 +44,8 @@ class _NativeContents:
 
     def __init__(self, dicts: Iterable[dict[str, Any]], names: list[str] | None = None) -> None:
         self._dicts = list(dicts)
-        self._native = importlib.import_module("autoq._C").Contents(self._dicts, names)
-        self.values: list[Any] = self._native.values()
+        self.values: list[Any] = []
+        self._native = importlib.import_module("autoq._C").Contents(self._dicts, names, self.values)
 
     def are_current(self) -> bool:
         current: bool = self._native.are_current()

@@ -223,8 +223,8 @@ AUTOQ_TARGET void multiply_tiles(const PackedWeight& weight, const ActivationTil
 
 }  // namespace
 
-const Kernels amx_kernels = {kFewRowsAmx,          digit_tile_rows_amx, prepare_avx512,    multiply_few_amx, element,
-                             prepare_tiles_avx512, multiply_tiles,      dequantize_avx512, &avx512_block,    true,
+const Kernels amx_kernels = {kFewRowsAmx,          digit_tile_rows_amx, prepare_avx512,    multiply_few_amx,   element,
+                             prepare_tiles_avx512, multiply_tiles,      dequantize_avx512, &avx512_bf16_block, true,
                              &avx512_search};
 
 }  // namespace autoq::cpu

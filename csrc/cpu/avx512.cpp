@@ -300,7 +300,8 @@ AUTOQ_INLINE void add_tile_products(__m512i& sums, __m512i of_row, __m512i weigh
 }
 
 // The integer sums of a block for `ROWS` rows and 16 * `COLUMNS` outputs. Four bytes of a row, two words or four bytes,
-// are broadcast to multiply with as many weights of each of 16 outputs.
+// are broadcast to multiply with as many weights of each of 16 outputs. The eight rows at `next` are asked for: half a
+// line in each of a tile's sixteen steps.
 template <Element ELEMENT, int ROWS, int COLUMNS>
 AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* next, int64_t value_tile, const uint8_t* weights,
                             int64_t steps, __m512i (&dots)[ROWS][COLUMNS]) {

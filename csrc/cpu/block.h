@@ -1,10 +1,10 @@
 // The steps of a decoder block between its linears: norm, rotary positions, attention, activation; and linears that are
 // not quantized. Knows no torch.
 //
-// Each instruction set fills in one table of them, from the same source (block_kernels.h). All arithmetic is fp32, but
-// for what products of bf16 are used for (attention of many queries in a bf16 model, whose rotated queries and weights
-// they round to bf16); results are rounded once, to the dtype of the hidden states. Unlike the linears, the sets may
-// differ in the last bit.
+// Each instruction set fills in one table of them, from the same source (block_kernels.h). Unlike the linears, the sets
+// may differ in the last bit. All arithmetic is fp32, and results are rounded once, to the dtype of the hidden states.
+// But products of bf16 pairs, where there are such, take rotated queries, weights and what a cache of bytes holds
+// rounded to bf16: in attention of four queries or more to the same keys, in a bf16 model.
 #pragma once
 
 #include "../block.h"

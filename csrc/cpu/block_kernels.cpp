@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "block.h"
@@ -72,7 +73,11 @@ const BlockKernels portable_block = portable::kernels_of_set;
 #if defined(__x86_64__)
 const BlockKernels avx2_block = avx2::kernels_of_set;
 const BlockKernels avx512_block = avx512::kernels_of_set;
-const BlockKernels avx512_bf16_block = avx512_bf16::kernels_of_set;
+constexpr BlockKernels with_attention(BlockKernels kernels, decltype(BlockKernels::attend) attend) {
+    kernels.attend = attend;
+    return kernels;
+}
+const BlockKernels avx512_bf16_block = with_attention(avx512::kernels_of_set, avx512_bf16::attend);
 #endif
 
 }  // namespace autoq::cpu

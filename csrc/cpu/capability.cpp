@@ -26,6 +26,11 @@ bool has_f16c() {
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1) != 0;
 }
 
+bool has_avx512_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1) != 0;
+}
+
 bool has_amx_feature(int bit) {
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> bit & 1) != 0;
@@ -45,10 +50,7 @@ bool runs_avx512() {
            __builtin_cpu_supports("avx512vnni");
 }
 
-bool runs_avx512_bf16() {
-    unsigned eax, ebx, ecx, edx;  // not every compiler knows the feature by name
-    return runs_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1) != 0;
-}
+bool runs_avx512_bf16() { return runs_avx512() && has_avx512_bf16(); }
 
 // Tiles are 8 KB of state in every thread that uses them, so Linux gives them only to processes that ask.
 bool may_use_tiles() {
@@ -61,7 +63,8 @@ bool may_use_tiles() {
 }
 
 bool runs_amx() {
-    static const bool found = runs_avx512() && has_amx_tile() && has_amx_int8() && has_amx_bf16() && may_use_tiles();
+    static const bool found =
+        runs_avx512_bf16() && has_amx_tile() && has_amx_int8() && has_amx_bf16() && may_use_tiles();
     return found;
 }
 #endif
@@ -138,7 +141,7 @@ std::vector<std::pair<std::string, bool>> features() {
     AUTOQ_FEATURE("avx512dq");
     AUTOQ_FEATURE("avx512vnni");
 #undef AUTOQ_FEATURE
-    found.emplace_back("avx512_bf16", runs_avx512_bf16());
+    found.emplace_back("avx512_bf16", has_avx512_bf16());
     found.emplace_back("amx_tile", has_amx_tile());
     found.emplace_back("amx_int8", has_amx_int8());
     found.emplace_back("amx_bf16", has_amx_bf16());

@@ -336,6 +336,7 @@ void test_attention(const BlockKernels& kernels, const std::string& name) {
             {dtype, 8, 2, 64, 1, 130, RotaryKind::kHalves, false, false, 0.0f, Mask::kNone, false},
             {dtype, 5, 1, 48, 1, 131, RotaryKind::kHalves, true, true, 0.0f, Mask::kAdded, false},
             {dtype, 20, 1, 24, 1, 70, RotaryKind::kNone, false, false, 0.0f, Mask::kBoolean, false},
+            {dtype, 6, 1, 21, 14, 61, RotaryKind::kNone, false, false, 0.0f, Mask::kNone, false},
         };
         for (const Case& c : cases) {
             const std::string what = name + " attention in " + name_of(dtype) + ", heads of " +
