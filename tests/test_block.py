@@ -267,7 +267,7 @@ def test_several_blocks_in_a_call_are_one_after_the_other(tokens: int, eight_bit
     torch.testing.assert_close(block_ops.decoder_blocks(*copy.deepcopy(both)), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(ops.extension_missing() is not None, reason="needs the native extension")
+@needs_extension
 def test_kept_blocks_give_what_the_operator_gives() -> None:
     first, second = arguments(tokens=1), arguments(tokens=1, seed=2, activation=block_ops.ActivationKind.GELU)
     both = [*first[:1], *([*first[i], *second[i]] for i in (1, 2, 3, 4)), *first[5:10]]
@@ -312,7 +312,7 @@ MANY_HEADS = {"dtype": torch.bfloat16, "heads": block_ops.HeadLayout.consecutive
     [
         {"tokens": 1, "width": 1024, "inner": 3008, "head_dim": 128},
         {"tokens": 1, "past": 110, **MANY_HEADS},
-        {"tokens": 20, "past": 110, **MANY_HEADS},
+        pytest.param({"tokens": 20, "past": 110, **MANY_HEADS}, marks=needs_extension),
     ],
     ids=str,
 )
@@ -352,14 +352,19 @@ def test_what_a_query_must_not_see_does_not_matter() -> None:
     torch.testing.assert_close(block_ops.decoder_blocks(*given), clean)
 
 
-def test_a_chunk_that_must_not_be_seen_does_not_matter(capability: str) -> None:
-    given = arguments(tokens=1, past=200, **MANY_HEADS)
-    given[8] = torch.ones(2, 1, 1, 201, dtype=torch.bool)
-    given[8][0, ..., :128] = False  # padding of the first sequence
+@needs_extension  # the reference multiplies what must not be seen by zero
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_chunk_that_must_not_be_seen_does_not_matter(tokens: int, capability: str) -> None:
+    given = arguments(tokens=tokens, past=200, **MANY_HEADS)
+    given[8] = torch.ones(2, 1, tokens, 200 + tokens, dtype=torch.bool)
+    hidden = given[8][0, 0, 3:9] if tokens > 1 else given[8][0, 0]
+    hidden[:, :128] = False
     clean = block_ops.decoder_blocks(*copy.deepcopy(given))
-    for (cache,) in given[1:3]:
-        cache[0, :, 3:100] = float("nan")
-    assert torch.equal(block_ops.decoder_blocks(*given), clean)
+    given[2][0][0, :, 3:100] = float("nan")
+    found = block_ops.decoder_blocks(*given)
+    unaffected = slice(3, 9) if tokens > 1 else slice(None)
+    assert torch.equal(found[0, unaffected], clean[0, unaffected])
+    assert torch.equal(found[1], clean[1])
 
 
 def test_a_query_that_may_look_nowhere_is_finite() -> None:

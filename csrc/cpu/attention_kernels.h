@@ -459,7 +459,7 @@ void attend_many_queries(const AttentionInput& input, int64_t batch, Query* quer
             weigh_together(scores.at(q, 0), std::min<int64_t>(16, count - q), padded, maxima + q, sums + q,
                            outputs.at(q, 0));
         }
-        // Queries that do not look at the chunk are left out: what it holds may be no number.
+        // Queries that do not look at the chunk at all are left out: what it holds may be no number.
         for (int64_t q = begin, end; q < count; q = end + 1) {
             for (end = q; looks[end]; ++end) {
                 Word<DTYPE>::pack(scores.at(end, 0).data, kChunk, scores.at(end, 0).data);
