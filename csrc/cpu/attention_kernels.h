@@ -12,6 +12,7 @@ constexpr float kForbidden = -1e30f;
 constexpr float kLowest = -1e38f;    // before there is a score
 constexpr int64_t kMaxQueries = 16;  // that share a pass over the keys
 
+// Those of a pass are in the order of their tokens: later ones look at as many positions as earlier ones, or at more.
 struct Query {
     const float* values;
     int64_t head, token;
@@ -57,12 +58,12 @@ AUTOQ_VECTOR Lanes load_cached(const CacheView& cache, int64_t row, int64_t size
     return load_bytes(bytes) * all_lanes(cache.scales[row]);
 }
 
-// Asks for what is 8 KiB ahead of a row of the cache, before the hardware does.
+// Asks for what is ahead of a row of the cache.
 template <Float DTYPE>
 AUTOQ_VECTOR void prefetch_ahead(const CacheView& cache, int64_t row, int64_t size) {
-    constexpr int64_t kValueBytes = DTYPE == Float::kFloat32 ? 4 : 2, kAhead = 8192;
+    constexpr int64_t kValueBytes = DTYPE == Float::kFloat32 ? 4 : 2;
     const int64_t bytes = cache.scales ? size : size * kValueBytes;
-    const char* ahead = static_cast<const char*>(cache.data) + row * bytes + kAhead;
+    const char* ahead = static_cast<const char*>(cache.data) + row * bytes + kAheadBytes;
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
 }
 
@@ -184,10 +185,7 @@ void attend_queries(const AttentionInput& input, int64_t batch, Query* queries, 
     float* wide_values = wide_keys + kChunk * padded;
     float* outputs = wide_values + kChunk * padded;
     std::fill(wide_keys, wide_keys + needed, 0.0f);
-    int64_t positions = 0;
-    for (int64_t q = 0; q < count; ++q) {
-        if (queries[q].positions > positions) positions = queries[q].positions;
-    }
+    const int64_t positions = queries[count - 1].positions;
     const bool terms_given = input.mask.data || input.bias.data;
     alignas(64) float scores[kChunk] = {0}, terms[kChunk];
     const int64_t chunk = std::clamp<int64_t>(kChunkValues / padded / 16 * 16, 16, kChunk);
@@ -412,7 +410,6 @@ AUTOQ_VECTOR void weigh_together(Matrix scores, int64_t count, int64_t padded, f
     store<Float::kFloat32>(sums, 0, multiply_add(load<Float::kFloat32>(sums, 0), shrink, reduce_each<Sum>(some)));
 }
 
-// Queries are in the order of their tokens: later ones look at as many positions as earlier ones, or at more.
 template <Float DTYPE>
 void attend_many_queries(const AttentionInput& input, int64_t batch, Query* queries, int64_t count) {
     constexpr int64_t kValues = Word<DTYPE>::kValues;
@@ -429,11 +426,8 @@ void attend_many_queries(const AttentionInput& input, int64_t batch, Query* quer
     float maxima[kManyQueries + 16], sums[kManyQueries + 16] = {0};     // sixteen at a time, from any query on
     std::fill(maxima, maxima + kManyQueries + 16, kLowest);
     std::fill(outputs.data, outputs.at(count, 0).data, 0.0f);
-    int64_t positions = 0;
-    for (int64_t q = 0; q < count; ++q) {
-        positions = std::max(positions, queries[q].positions);
-        Word<DTYPE>::pack(queries[q].values, padded, left.at(q, 0).data);
-    }
+    for (int64_t q = 0; q < count; ++q) Word<DTYPE>::pack(queries[q].values, padded, left.at(q, 0).data);
+    const int64_t positions = queries[count - 1].positions;
     const bool terms_given = input.mask.data || input.bias.data;
     alignas(64) float terms[kChunk];
     bool looks[kManyQueries + 1] = {false};

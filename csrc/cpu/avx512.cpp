@@ -313,7 +313,7 @@ AUTOQ_INLINE void dot_tiles(const uint8_t* values, const uint8_t* next, int64_t 
         const int64_t tile_steps = steps < 16 ? steps : 16;
         for (int64_t step = 0; step < tile_steps; ++step) {
             __m512i four[COLUMNS];
-            if (ROWS == 8) _mm_prefetch(next + step * 32, _MM_HINT_T0);
+            if constexpr (ROWS == 8) _mm_prefetch(next + step * 32, _MM_HINT_T0);
 #pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) {
                 four[c] = _mm512_load_si512(weights + c * kSliceTiles * kTileBytes + step * 64);

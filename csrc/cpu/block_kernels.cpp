@@ -65,6 +65,11 @@ namespace avx512_bf16 {
 #undef AUTOQ_LEVEL
 }  // namespace avx512_bf16
 AUTOQ_END_TARGET
+
+constexpr BlockKernels with_attention(BlockKernels kernels, decltype(BlockKernels::attend) attend) {
+    kernels.attend = attend;
+    return kernels;
+}
 #endif
 
 }  // namespace
@@ -73,10 +78,6 @@ const BlockKernels portable_block = portable::kernels_of_set;
 #if defined(__x86_64__)
 const BlockKernels avx2_block = avx2::kernels_of_set;
 const BlockKernels avx512_block = avx512::kernels_of_set;
-constexpr BlockKernels with_attention(BlockKernels kernels, decltype(BlockKernels::attend) attend) {
-    kernels.attend = attend;
-    return kernels;
-}
 const BlockKernels avx512_bf16_block = with_attention(avx512::kernels_of_set, avx512_bf16::attend);
 #endif
 

@@ -243,7 +243,7 @@ void multiply_dense_outputs(const DenseProduct& product, const float* inputs, in
 // Few rows take one output after the other: memory is read fastest as one stream.
 template <Float DTYPE, int ROWS>
 AUTOQ_VECTOR void multiply_dense_few(const DenseProduct& product, const float* inputs, int64_t padded, int64_t output) {
-    constexpr int64_t kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2, kAhead = 8192;
+    constexpr int64_t kItemBytes = DTYPE == Float::kFloat32 ? 4 : 2;
     const char* weights = static_cast<const char*>(product.weight) + output * product.columns * kItemBytes;
     Lanes sums[ROWS] = {};
     const auto add = [&](int64_t column, int64_t count) __attribute__((always_inline)) {
@@ -254,7 +254,7 @@ AUTOQ_VECTOR void multiply_dense_few(const DenseProduct& product, const float* i
     };
     int64_t column = 0;
     for (; column + 32 <= product.columns; column += 32) {
-        const char* ahead = weights + column * kItemBytes + kAhead;
+        const char* ahead = weights + column * kItemBytes + kAheadBytes;
         for (int64_t line = 0; line < 32 * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         add(column, 16);
         add(column + 16, 16);
