@@ -411,6 +411,20 @@ def test_a_recording_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -
         eager(recorded, plain)
 
 
+def test_a_step_that_cannot_be_recorded_says_why() -> None:
+    class Asking(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * float(x.isfinite().all())
+
+    Asking.__module__ = "transformers.asking"
+    plain, recorded = pair(LLAMA)
+    for model in (plain, recorded):
+        model.lm_head.__class__ = Asking
+    with pytest.warns(UserWarning, match="brings values to the host"):
+        eager(recorded, plain)
+    assert Recorded.count == 0
+
+
 def test_other_caches_run_eagerly() -> None:
     plain, recorded = pair(LLAMA)
     options = {"do_sample": False, "cache_implementation": "static"}

@@ -7,6 +7,7 @@ says when it goes from one to the next, by the `Move` (autoq/nn/spread.py) that 
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,7 +80,7 @@ class _Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
         if torch.Tag.data_dependent_output in func.tags or _size_depends_on_values(func, args):
-            raise CannotBeRecorded(name)
+            raise CannotBeRecorded(f"{name} brings values to the host")
         result = func(*args, **kwargs)
         copies = name in ("aten::_to_copy", "aten::copy_")
         source = args[1] if name == "aten::copy_" else args[0] if copies else None
@@ -106,6 +107,18 @@ class _NoWayAround(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _CudaGraph:
     """What one GPU does between two points of a program. Nothing may wait for it there."""
 
@@ -130,6 +143,7 @@ class _CudaGraph:
         """While open, graphs can be made of what `run` does on these devices: on streams of their own."""
         streams = [(torch.cuda.current_stream(device), torch.cuda.Stream(device)) for device in devices]
         with ExitStack() as stack:
+            stack.enter_context(_no_garbage_collection())  # it may drop another graph, which breaks a capture
             for current, stream in streams:
                 stream.wait_stream(current)
                 stack.enter_context(torch.cuda.stream(stream))

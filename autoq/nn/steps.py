@@ -374,11 +374,12 @@ class RecordedSteps:
                 changing = (*slot.lengths.values(), *slot.inputs.values())
                 recording = RECORDERS[slot.device.type](run, slot.device, changing)
                 return _RecordedStep(recording, output_class)
-        except CannotBeRecorded:
-            pass
-        except RuntimeError as error:
-            warnings.warn(f"a decoding step could not be recorded and runs without a recording: {error}", stacklevel=2)
-        # Some families make a mask of their own where none is given, of a size they ask the device for.
+        except (CannotBeRecorded, RuntimeError) as error:
+            # Some families make a mask of their own where none is given, of a size they ask the device for.
+            tried_again = not masked and isinstance(error, CannotBeRecorded)
+            if not tried_again:
+                text = f"a decoding step could not be recorded and runs without a recording, slower: {error}"
+                warnings.warn(text, stacklevel=2)
         self._impossible = masked
         self._masks_wanted = True
         return None
