@@ -28,6 +28,7 @@ from torch.nn import functional
 from autoq import ops
 from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
 from autoq.errors import OperatorError
+from autoq.model_ops import reference_norm
 
 MAX_HEAD_DIM = 1024  # of the native operator
 
@@ -134,13 +135,9 @@ _library.define(
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: float) -> Tensor:
-    wide = x.float()
-    if kind == NormKind.LAYER:
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    wide = wide * weight.float() if weight.numel() else wide
-    return (wide + bias.float() if bias.numel() else wide).to(x.dtype)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
+    given = [vector if vector is not None and vector.numel() else None for vector in (weight, bias)]
+    return reference_norm(x, given[0], given[1], kind, epsilon)
 
 
 def _project(
@@ -241,11 +238,10 @@ def _attend(qkv: Tensor, cache: _Cache, terms: _Terms, tensors: BlockTensors, se
     q = _heads(qkv, [layout.query(h) for h in range(layout.heads)], layout.head_dim)
     k = _heads(qkv, [layout.key(g) for g in range(layout.kv_heads)], layout.head_dim)
     v = _heads(qkv, [layout.value(g) for g in range(layout.kv_heads)], layout.head_dim)
-    nothing = qkv.new_empty(0)
     if tensors.query_norm.numel():
-        q = _norm(q, tensors.query_norm, nothing, NormKind.RMS, settings.epsilons[2])
+        q = _norm(q, tensors.query_norm, None, NormKind.RMS, settings.epsilons[2])
     if tensors.key_norm.numel():
-        k = _norm(k, tensors.key_norm, nothing, NormKind.RMS, settings.epsilons[2])
+        k = _norm(k, tensors.key_norm, None, NormKind.RMS, settings.epsilons[2])
     q, k = (_rotate(x, settings.rotary, cosines, sines) for x in (q, k))
     shared = layout.heads // layout.kv_heads
     write_cache(keys, key_scales, past, k.transpose(1, 2))

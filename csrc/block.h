@@ -46,6 +46,19 @@ struct Rotary {
     int64_t batch_stride, token_stride;  // in elements; a batch stride of 0 is one table for all sequences
 };
 
+// What rotary positions turn by: scale * cos and scale * sin of position * frequency, [positions, 2 * angles], both
+// halves of a row alike.
+struct RotaryTables {
+    const int64_t* positions;
+    int64_t count;
+    const float* frequencies;
+    int64_t angles;
+    float scale;
+    Float dtype;  // of the tables
+    void* cosines;
+    void* sines;
+};
+
 // Keys or values of all positions, [batch, kv_heads, capacity, head_dim], contiguous. With `scales` they are signed
 // bytes, and each position of a head has a scale, fp32 [batch, kv_heads, capacity]; without, they have the dtype of the
 // block.

@@ -1,10 +1,14 @@
-// The steps of the operator `decoder_blocks` on the CPU: the kernels in use, spread over the threads.
+// The steps of the operator `decoder_blocks`, and of those around it, on the CPU: the kernels in use, spread over the
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <tuple>
 
 #include "block_device.h"
+#include "cpu/fixed_point.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "kept.h"
@@ -70,6 +74,21 @@ void attend_directly(const AttentionInput& input) {
     });
 }
 
+// Of the positions [begin, end).
+void fill_tables(const RotaryTables& tables, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t row = p * 2 * tables.angles;
+        for (int64_t i = 0; i < tables.angles; ++i) {
+            const float angle = static_cast<float>(tables.positions[p]) * tables.frequencies[i];
+            const float cosine = std::cos(angle) * tables.scale, sine = std::sin(angle) * tables.scale;
+            for (const int64_t at : {row + i, row + tables.angles + i}) {
+                cpu::store_float(tables.cosines, tables.dtype, at, cosine);
+                cpu::store_float(tables.sines, tables.dtype, at, sine);
+            }
+        }
+    }
+}
+
 class CpuDevice : public BlockDevice {
   public:
     const char* name() const override { return "the CPU"; }
@@ -104,6 +123,12 @@ class CpuDevice : public BlockDevice {
             block_kernels().activate(kind, gated, input.data, scales, output.data, output.dtype, output.columns, begin,
                                      end);
         });
+    }
+
+    void rotary_tables(const RotaryTables& tables) const override {
+        constexpr int64_t kElementsPerAngle = 32;  // a cosine and a sine take as long as so many elements
+        parallel_for(0, tables.count, rows_per_thread(kElementsPerAngle * tables.angles),
+                     [&](int64_t begin, int64_t end) { fill_tables(tables, begin, end); });
     }
 
     int64_t held(const std::optional<Tensor>& length, int64_t past) const override {
@@ -195,6 +220,19 @@ Tensor kept_decoder_blocks(const Tensor& hidden, int64_t number, const std::opti
 
 void drop_decoder_blocks(int64_t number) { kept_blocks().drop(number); }
 
+// ---- around the blocks
+// -----------------------------------------------------------------------------------------------
+
+Tensor norm_cpu(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                int64_t kind, double epsilon) {
+    return norm(CpuDevice(), input, weight, bias, kind, epsilon);
+}
+
+std::tuple<Tensor, Tensor> rotary_tables_cpu(const Tensor& positions, const Tensor& frequencies, double scale,
+                                             ScalarType dtype) {
+    return rotary_tables(CpuDevice(), positions, frequencies, scale, dtype);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autoq, m) {
@@ -211,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) {
     m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks));
     m.impl("keep_decoder_blocks", TORCH_BOX(&keep_decoder_blocks));
     m.impl("kept_decoder_blocks", TORCH_BOX(&kept_decoder_blocks));
+    m.impl("norm", TORCH_BOX(&norm_cpu));
+    m.impl("rotary_tables", TORCH_BOX(&rotary_tables_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autoq, CompositeExplicitAutograd, m) {

@@ -1,4 +1,5 @@
-// What decoder blocks (block.cpp) ask of a device: the steps between their checks and their tensors.
+// What decoder blocks (block.cpp) and the operators around them (model_ops.cpp) ask of a device: the steps between
+// their checks and their tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,7 +16,7 @@
 
 namespace autoq {
 
-// Activations [batch, tokens, columns], contiguous, with what the kernels ask of them: torch is asked once.
+// Activations [..., columns], contiguous, with what the kernels ask of them: torch is asked once.
 struct Buffer {
     Tensor tensor;
     void* data;
@@ -24,9 +26,11 @@ struct Buffer {
     explicit Buffer(Tensor tensor_)
         : tensor(std::move(tensor_)),
           data(tensor.data_ptr()),
-          rows(tensor.size(0) * tensor.size(1)),
-          columns(tensor.size(2)),
-          dtype(float_of(tensor.scalar_type())) {}
+          rows(1),
+          columns(tensor.size(tensor.dim() - 1)),
+          dtype(float_of(tensor.scalar_type())) {
+        for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+    }
 };
 
 using Values = std::shared_ptr<const Buffer>;
@@ -84,6 +88,8 @@ class BlockDevice {
     // output[r, c] = act(input[r, c]) (* input[r, columns + c] where gated) (/ scales[c]).
     virtual void activate(ActivationKind kind, bool gated, const Buffer& input, const void* scales,
                           const Buffer& output) const = 0;
+
+    virtual void rotary_tables(const RotaryTables& tables) const = 0;
 
     // How many positions the caches hold, for sizes on the host: `past`, unless the device reads `length` here.
     virtual int64_t held(const std::optional<Tensor>& length, int64_t past) const = 0;
@@ -146,5 +152,11 @@ class DecoderBlocks {
     int64_t past_;
     Workspace workspace_;
 };
+
+// The operators `norm` and `rotary_tables`, described in autoq/model_ops.py.
+Tensor norm(const BlockDevice& device, const Tensor& input, const std::optional<Tensor>& weight,
+            const std::optional<Tensor>& bias, int64_t kind, double epsilon);
+std::tuple<Tensor, Tensor> rotary_tables(const BlockDevice& device, const Tensor& positions, const Tensor& frequencies,
+                                         double scale, ScalarType dtype);
 
 }  // namespace autoq

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache, PreTrainedModel
 
-from autoq import block_ops
+from autoq import block_ops, model_ops
+from autoq.architectures.base import NormKind
 from autoq.nn.block import FusedForward
 from autoq.nn.steps import RecordedSteps
 
@@ -78,6 +79,18 @@ def test_a_cache_of_8_bits(tokens: int) -> None:
 def test_a_length_on_the_device(tokens: int) -> None:
     for length in (0, 2, 4):
         check([*arguments(tokens, dtype=torch.float16), torch.tensor(length)], TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_around_the_blocks(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 3, 129).to(dtype), torch.randn(129).to(dtype)
+    found = model_ops.norm(x.cuda(), weight.cuda(), None, NormKind.RMS, 1e-5)
+    expected = model_ops.reference_norm(x, weight, None, NormKind.RMS, 1e-5)
+    torch.testing.assert_close(found.cpu(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    positions, frequencies = torch.randint(0, 131072, (2, 40)), 10000.0 ** (-torch.arange(32) / 32)
+    tables = model_ops.rotary_tables(positions.cuda(), frequencies.cuda(), 1.25, dtype)
+    for ours, right in zip(tables, model_ops.reference_rotary_tables(positions, frequencies, 1.25, dtype), strict=True):
+        torch.testing.assert_close(ours.cpu(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_opcheck() -> None:

@@ -72,6 +72,20 @@ def test_norms(dtype: torch.dtype, kind: NormKind) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary_tables(dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 1, 77, 4095, 131071])
+    for angles in (1, 32, 300):
+        frequencies = 10000.0 ** (-torch.arange(angles) / angles)
+        cosines, sines = (poisoned(5, 2 * angles, dtype=dtype) for _ in range(2))
+        cuda_host.run(
+            "host_rotary_tables", positions, 5, frequencies, angles, 1.25, cuda_host.DTYPES[dtype], cosines, sines
+        )
+        exact = (positions[:, None].float() * frequencies).double()
+        assert error(cosines, 1.25 * torch.cat((exact, exact), 1).cos()) < TOLERANCE[dtype]
+        assert error(sines, 1.25 * torch.cat((exact, exact), 1).sin()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for count in (1, 8, 1024, 1001):

@@ -162,6 +162,8 @@ class Architecture:
     unclipped: leaf names of the linears whose weights are never clipped: those that make queries and keys, since an
         error in their output says little about the error after the softmax (as in the original AWQ).
     block: what the fused runtime has to know of a block under a config.
+    final_norm: path of the RMS norm behind the blocks; None where it is a layer norm, for which torch has an operator.
+    rotary: path of the module that makes the tables of rotary positions for all blocks; None where there is none.
     """
 
     model_types: tuple[str, ...]
@@ -169,6 +171,8 @@ class Architecture:
     scale_groups: tuple[ScaleGroup, ...]
     unclipped: tuple[str, ...]
     block: Callable[[PretrainedConfig], BlockParts]
+    final_norm: str | None = None
+    rotary: str | None = None
 
     def groups(self, config: PretrainedConfig, scale_activations: bool = False) -> list[ScaleGroup]:
         """The groups that are exact for this config."""

@@ -76,4 +76,5 @@ ARCHITECTURE = Architecture(
     ),
     unclipped=("query_key_value",),
     block=_block,
+    rotary="transformer.rotary_emb",
 )

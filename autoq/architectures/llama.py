@@ -54,4 +54,6 @@ ARCHITECTURE = Architecture(
     ),
     unclipped=("q_proj", "k_proj"),
     block=_block,
+    final_norm="model.norm",
+    rotary="model.rotary_emb",
 )

@@ -3,12 +3,12 @@
 The modules of the model stay as transformers made them, with their names, their tensors and their hooks. Only the
 forward of each block is replaced, by one that hands everything to the operator of `autoq.block_ops`. Whatever that
 operator does not do (gradients, attention weights, hooks or adapters on a part of the block, caches of other kinds)
-goes through the block's own forward, with the same result.
+goes through the block's own forward, with the same result. What is around the blocks goes with them
+(`autoq.nn.around`).
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,7 @@ from autoq.block_ops import (
     runs_on,
 )
 from autoq.nn.activation import ScaledActivation
+from autoq.nn.around import StandIn, fuse_around, is_plain_call
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.held import HeldTensors
 from autoq.nn.linear import DenseLinear, QuantLinear
@@ -64,8 +65,8 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
     quantized_cache: keys and values are kept in 8 bits.
 
     A block is left as it is when it is on a device without kernels, when its weights are on the disk, when some of its
-    linears are not quantized, or when projections that are read together cannot be one. With the blocks goes the output
-    head, if it is not quantized: it becomes a DenseLinear.
+    linears are not quantized, or when projections that are read together cannot be one. With the blocks go what is
+    around them and the output head, if it is not quantized: it becomes a DenseLinear.
     """
     if model.config.model_type not in known_model_types():
         return 0
@@ -81,16 +82,18 @@ def fuse_blocks(model: PreTrainedModel, quantized_cache: bool = False) -> int:
             block.forward = FusedForward(block, model.config, parts, once, quantized_cache)
             fused += 1
     head = model.get_output_embeddings()
-    if fused and type(head) is nn.Linear:
-        head.__class__ = DenseLinear
+    if fused:
+        fuse_around(model, architecture)
+        if type(head) is nn.Linear:
+            head.__class__ = DenseLinear
     return fused
 
 
 def unfuse_blocks(model: PreTrainedModel) -> None:
-    """Gives every decoder block, and the head, its own forward back."""
-    for block in architecture_of(model.config).decoder_blocks(model):
-        if isinstance(block.__dict__.get("forward"), FusedForward):
-            del block.forward
+    """Gives every decoder block, what is around them and the head their own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), StandIn):
+            del module.forward
     head: Any = model.get_output_embeddings()
     if type(head) is DenseLinear:
         head.__class__ = nn.Linear  # type: ignore[assignment]
@@ -286,7 +289,7 @@ class _OncePerPass:
         return last[2]
 
 
-class FusedForward:
+class FusedForward(StandIn):
     """The forward of a decoder block in one native call."""
 
     def __init__(
@@ -297,7 +300,7 @@ class FusedForward:
         once: _OncePerPass,
         quantized_cache: bool,
     ) -> None:
-        self._block = weakref.ref(block)  # which holds this: a model is gone when the last reference to it is
+        super().__init__(block)
         self._config = config
         self._parts = parts
         self._once = once
@@ -309,13 +312,10 @@ class FusedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         collected = ("_tensors", "_held", "_dtypes")
-        return {name: value for name, value in self.__dict__.items() if name not in collected} | {
-            "_block": self._block()
-        }
+        return {name: value for name, value in super().__getstate__().items() if name not in collected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._block = weakref.ref(state["_block"])
+        super().__setstate__(state)
         self._collect()
 
     def _collect(self) -> None:
@@ -335,18 +335,16 @@ class FusedForward:
         return self._tensors
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        block = self._block()
-        assert block is not None
-        output = None if args else self._run(block, hidden_states, kwargs)
+        output = None if args else self._run(hidden_states, kwargs)
         if output is None:
-            return type(block).forward(block, hidden_states, *args, **kwargs)
+            return self.own(hidden_states, *args, **kwargs)
         return (output, None) if self._parts.description.returns_tuple else output
 
-    def _run(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
+    def _run(self, hidden: Tensor, options: dict[str, Any]) -> Tensor | None:
         """The block's output, or None where its own forward has to make it."""
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_autocast_enabled(hidden.device.type):
+        if not is_plain_call(hidden):
             return None
-        if block.training or options.get("output_attentions") or not self._parts.untouched():
+        if self.module.training or options.get("output_attentions") or not self._parts.untouched():
             return None
         if self._attention_implementation() not in _ATTENTIONS:
             return None

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
+from autoq.nn.around import StandIn
 from autoq.nn.block import FusedForward, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.held import Contents, HeldTensors
@@ -168,14 +169,14 @@ class _Snapshot:
         # With the memory of each, which a recording uses: it must not be gone before a change is noticed.
         self._memory = [tensor.detach() for tensor in self._held.tensors]
         blocks = list(architecture_of(model.config).decoder_blocks(model))
-        forwards = [block.__dict__.get("forward") for block in blocks]
+        forwards = [each.__dict__["forward"] for each in modules if "forward" in each.__dict__]
         fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
         self._memory += [tensor for forward in fused for tensor in forward.tensors]  # merged biases among them
         inside = {module for block in blocks for module in block.modules()}  # which the fused blocks look at
         self._can_be_recorded = (
             len({tensor.device.type for tensor in self._held.tensors}) == 1
             and len(fused) == len(blocks)
-            and [each.__dict__["forward"] for each in modules if "forward" in each.__dict__] == forwards
+            and all(isinstance(forward, StandIn) for forward in forwards)
             and not any(each.training for each in modules)
             and all(_is_known(module) for module in modules if module not in inside)
         )

@@ -1,5 +1,6 @@
-// Norms, residual sums and activations on the GPU. One row or a few values a thread; all of it is waiting for memory,
-// so what matters is that accesses are wide and that the next kernel is on its way (overlap.h).
+// Norms, residual sums, activations and tables of rotary positions on the GPU. One row or a few values a thread; all of
+// it is waiting for memory, so what matters is that accesses are wide and that the next kernel is on its way
+// (overlap.h).
 #include <algorithm>
 
 #include "block.h"
@@ -186,6 +187,25 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(ActivationRows<T> ro
     store_values<T>(rows.output + static_cast<int64_t>(row) * rows.columns + column, values);
 }
 
+// ---- rotary positions --------------------------------------------------------------------------------------------
+
+// A thread for each angle of each position. Without the fast sines, which are wrong for large angles.
+__global__ void __launch_bounds__(kThreads) tables_kernel(RotaryTables tables) {
+    wait_for_earlier_kernels();
+    let_the_next_kernel_start();
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t position = thread / tables.angles, i = thread % tables.angles;
+    if (position >= tables.count) return;
+    const float angle =
+        static_cast<float>(load_value(tables.positions + position)) * load_value(tables.frequencies + i);
+    const float cosine = cosf(angle) * tables.scale, sine = sinf(angle) * tables.scale;
+    for (int half = 0; half < 2; ++half) {
+        const int64_t at = (2 * position + half) * tables.angles + i;
+        write_value(tables.cosines, tables.dtype, at, cosine);
+        write_value(tables.sines, tables.dtype, at, sine);
+    }
+}
+
 // ---- launches ----------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -258,6 +278,12 @@ const char* activate(ActivationKind kind, bool gated, const void* input, const v
         return wide ? launch_overlapping(activate_kernel<T, kWide<T>>, shape, stream, all)
                     : launch_overlapping(activate_kernel<T, 1>, shape, stream, all);
     });
+}
+
+const char* rotary_tables(const RotaryTables& tables, void* stream) {
+    LaunchShape shape;
+    if (const char* error = make_shape(tables.count * tables.angles, shape)) return error;
+    return launch_overlapping(tables_kernel, shape, stream, tables);
 }
 
 }  // namespace autoq::cuda

@@ -22,6 +22,8 @@ const char* add(const void* first, const void* second, const void* third, void* 
 const char* activate(ActivationKind kind, bool gated, const void* input, const void* scales, void* output, Float dtype,
                      int64_t rows, int64_t columns, void* stream);
 
+const char* rotary_tables(const RotaryTables& tables, void* stream);
+
 // Into how many parts `attend` cuts the positions, and the floats of scratch that its partial results take.
 const char* attention_splits(const AttentionInput& input, int& splits);
 int64_t attention_scratch(const AttentionInput& input, int splits);

@@ -1,4 +1,4 @@
-// The steps of the operator `decoder_blocks` on CUDA: the kernels, on torch's current stream.
+// The steps of the operator `decoder_blocks`, and of those around it, on CUDA: the kernels, on torch's current stream.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,15 +15,16 @@ namespace {
 constexpr int64_t kManyTokens = 17;
 
 void check_launch(const char* error) {
-    STD_TORCH_CHECK(error == nullptr, "autoq::decoder_blocks: a CUDA kernel was not launched: ", error);
+    STD_TORCH_CHECK(error == nullptr, "autoq: a CUDA kernel of a model was not launched: ", error);
 }
 
 class CudaDevice : public BlockDevice {
   public:
-    explicit CudaDevice(const Tensor& hidden)
-        : index_(hidden.get_device_index()), guard_(index_), stream_(current_stream(index_)) {}
+    // The device of this tensor.
+    explicit CudaDevice(const Tensor& like)
+        : index_(like.get_device_index()), guard_(index_), stream_(current_stream(index_)) {}
 
-    const char* name() const override { return "the GPU of the hidden states"; }
+    const char* name() const override { return "the GPU of the activations"; }
     bool holds(const Tensor& tensor) const override { return tensor.is_cuda() && tensor.get_device_index() == index_; }
 
     Values linear(const Values& input, const Projection& projection, Workspace&) const override {
@@ -51,6 +52,10 @@ class CudaDevice : public BlockDevice {
                   const Buffer& output) const override {
         check_launch(cuda::activate(kind, gated, input.data, scales, output.data, output.dtype, output.rows,
                                     output.columns, stream_));
+    }
+
+    void rotary_tables(const RotaryTables& tables) const override {
+        check_launch(cuda::rotary_tables(tables, stream_));
     }
 
     // Reading the length here would wait for the GPU, and a graph would not read it again.
@@ -106,8 +111,24 @@ Tensor decoder_blocks_cuda(const Tensor& hidden, const std::vector<Tensor>& keys
     return blocks.run(device, {hidden, cosines, sines, mask, bias, length});
 }
 
+Tensor norm_cuda(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                 int64_t kind, double epsilon) {
+    STD_TORCH_CHECK(input.is_cuda(), "autoq::norm: the input must be on the GPU, as the weight is; move it there");
+    return norm(CudaDevice(input), input, weight, bias, kind, epsilon);
+}
+
+std::tuple<Tensor, Tensor> rotary_tables_cuda(const Tensor& positions, const Tensor& frequencies, double scale,
+                                              ScalarType dtype) {
+    STD_TORCH_CHECK(positions.is_cuda(), "autoq::rotary_tables: positions must be on the GPU, as the frequencies are");
+    return rotary_tables(CudaDevice(positions), positions, frequencies, scale, dtype);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) { m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) {
+    m.impl("decoder_blocks", TORCH_BOX(&decoder_blocks_cuda));
+    m.impl("norm", TORCH_BOX(&norm_cuda));
+    m.impl("rotary_tables", TORCH_BOX(&rotary_tables_cuda));
+}
 
 }  // namespace autoq

@@ -59,6 +59,12 @@ AUTOQ_EXPORT const char* host_activate(int kind, bool gated, const void* input, 
                           rows, columns, nullptr);
 }
 
+AUTOQ_EXPORT const char* host_rotary_tables(const int64_t* positions, int64_t count, const float* frequencies,
+                                            int64_t angles, float scale, int dtype, void* cosines, void* sines) {
+    return cuda::rotary_tables(
+        {positions, count, frequencies, angles, scale, static_cast<Float>(dtype), cosines, sines}, nullptr);
+}
+
 AUTOQ_EXPORT const char* host_attend(void* qkv, void* keys, void* values, void* key_scales, void* value_scales,
                                      void* query_norm, void* key_norm, void* cosines, void* sines, void* mask,
                                      void* bias, void* length, void* output, void* scratch, int splits,

@@ -1,0 +1,80 @@
+"""Operators around the decoder blocks of a model: a norm, and the tables of rotary positions, in one call each.
+
+As operators of torch they are about ten each. When a token is decoded the weights have just driven all else out of the
+caches, and each of those then takes ten times as long as it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoq.architectures.base import NormKind
+
+_library = torch.library.Library("autoq", "FRAGMENT")
+_library.define("norm(Tensor input, Tensor? weight, Tensor? bias, int kind, float epsilon) -> Tensor")
+_library.define(
+    "rotary_tables(Tensor positions, Tensor frequencies, float scale, ScalarType dtype) -> (Tensor, Tensor)"
+)
+
+
+def reference_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, epsilon: float) -> Tensor:
+    wide = input.float()
+    if kind == NormKind.LAYER:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    wide = wide if weight is None else wide * weight.float()
+    return (wide if bias is None else wide + bias.float()).to(input.dtype)
+
+
+def reference_rotary_tables(
+    positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), -1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def _fake_norm(input: Tensor, _weight: Tensor | None, _bias: Tensor | None, _kind: int, _epsilon: float) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _fake_rotary_tables(
+    positions: Tensor, frequencies: Tensor, _scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 2 * frequencies.shape[0])
+    cosines, sines = (torch.empty(shape, dtype=dtype, device=positions.device) for _ in range(2))
+    return cosines, sines
+
+
+_library.impl("norm", reference_norm, "CompositeExplicitAutograd")
+_library.impl("rotary_tables", reference_rotary_tables, "CompositeExplicitAutograd")
+torch.library.register_fake("autoq::norm", _fake_norm, lib=_library)
+torch.library.register_fake("autoq::rotary_tables", _fake_rotary_tables, lib=_library)
+
+
+def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
+    """The norm over the last dimension, computed in fp32 and rounded once.
+
+    input: fp32, bf16 or fp16 `[..., features]`; weight and bias: `[features]`, of its dtype, or None.
+
+    Returns a tensor like the input. Not differentiable.
+
+    Raises RuntimeError when a tensor has the wrong shape, dtype or device.
+    """
+    output: Tensor = torch.ops.autoq.norm.default(input, weight, bias, int(kind), epsilon)
+    return output
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`scale * cos(position * frequency)` and the same of the sine, for every frequency and then once more, as
+    transformers' models hand them to their blocks (RoFormer, https://arxiv.org/abs/2104.09864).
+
+    positions: int64 `[batch, tokens]`; frequencies: fp32 `[angles]`; dtype: fp32, bf16 or fp16.
+
+    Returns two tensors `[batch, tokens, 2 * angles]`, computed in fp32 and rounded once to `dtype`.
+
+    Raises RuntimeError when a tensor has the wrong shape, dtype or device.
+    """
+    tables: tuple[Tensor, Tensor] = torch.ops.autoq.rotary_tables.default(positions, frequencies, scale, dtype)
+    return tables
