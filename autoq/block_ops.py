@@ -135,9 +135,8 @@ _library.define(
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
-    given = [vector if vector is not None and vector.numel() else None for vector in (weight, bias)]
-    return reference_norm(x, given[0], given[1], kind, epsilon)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: float) -> Tensor:
+    return reference_norm(x, weight if weight.numel() else None, bias if bias.numel() else None, kind, epsilon)
 
 
 def _project(
@@ -238,10 +237,11 @@ def _attend(qkv: Tensor, cache: _Cache, terms: _Terms, tensors: BlockTensors, se
     q = _heads(qkv, [layout.query(h) for h in range(layout.heads)], layout.head_dim)
     k = _heads(qkv, [layout.key(g) for g in range(layout.kv_heads)], layout.head_dim)
     v = _heads(qkv, [layout.value(g) for g in range(layout.kv_heads)], layout.head_dim)
+    nothing = qkv.new_empty(0)
     if tensors.query_norm.numel():
-        q = _norm(q, tensors.query_norm, None, NormKind.RMS, settings.epsilons[2])
+        q = _norm(q, tensors.query_norm, nothing, NormKind.RMS, settings.epsilons[2])
     if tensors.key_norm.numel():
-        k = _norm(k, tensors.key_norm, None, NormKind.RMS, settings.epsilons[2])
+        k = _norm(k, tensors.key_norm, nothing, NormKind.RMS, settings.epsilons[2])
     q, k = (_rotate(x, settings.rotary, cosines, sines) for x in (q, k))
     shared = layout.heads // layout.kv_heads
     write_cache(keys, key_scales, past, k.transpose(1, 2))

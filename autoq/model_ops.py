@@ -1,6 +1,6 @@
 """Operators around the decoder blocks of a model: a norm, and the tables of rotary positions, in one call each.
 
-As operators of torch they are about ten each. When a token is decoded the weights have just driven all else out of the
+In operators of torch they are nine and twelve. When a token is decoded the weights have just driven all else out of the
 caches, and each of those then takes ten times as long as it computes.
 """
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from autoq.architectures.base import NormKind
+from autoq.errors import OperatorError
+from autoq.ops import SUPPORTED_DTYPES
 
 _library = torch.library.Library("autoq", "FRAGMENT")
 _library.define("norm(Tensor input, Tensor? weight, Tensor? bias, int kind, float epsilon) -> Tensor")
@@ -18,8 +20,43 @@ _library.define(
 )
 
 
+# ---- the reference ---------------------------------------------------------------------------------------------------
+
+
+def _check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int) -> None:
+    if input.dtype not in SUPPORTED_DTYPES or input.dim() < 1:
+        raise OperatorError(
+            f"norm: the input is {input.dtype} {list(input.shape)} but must be float32, bfloat16 or float16 "
+            "[..., features]; convert it"
+        )
+    if kind not in tuple(NormKind):
+        raise OperatorError(f"norm: the kind is {kind} but must be 0, a layer norm, or 1, an RMS norm")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.shape != input.shape[-1:] or vector.dtype != input.dtype):
+            raise OperatorError(
+                f"norm: the {name} is {vector.dtype} {list(vector.shape)} but must be a vector of {input.shape[-1]} "
+                "values in the dtype of the input"
+            )
+
+
+def _check_rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> None:
+    if positions.dtype != torch.int64 or positions.dim() != 2:
+        raise OperatorError(
+            f"rotary_tables: positions are {positions.dtype} {list(positions.shape)} but positions must be int64 "
+            "[batch, tokens]"
+        )
+    if frequencies.dtype != torch.float32 or frequencies.dim() != 1:
+        raise OperatorError(
+            f"rotary_tables: frequencies are {frequencies.dtype} {list(frequencies.shape)} but frequencies must be "
+            "float32 [angles]"
+        )
+    if dtype not in SUPPORTED_DTYPES:
+        raise OperatorError(f"rotary_tables: the dtype must be float32, bfloat16 or float16, not {dtype}")
+
+
 def reference_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, epsilon: float) -> Tensor:
-    wide = input.float()
+    _check_norm(input, weight, bias, kind)
+    wide = input.contiguous().float()
     if kind == NormKind.LAYER:
         wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
@@ -30,6 +67,7 @@ def reference_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, ki
 def reference_rotary_tables(
     positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    _check_rotary_tables(positions, frequencies, dtype)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), -1)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
@@ -57,12 +95,18 @@ def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKi
     """The norm over the last dimension, computed in fp32 and rounded once.
 
     input: fp32, bf16 or fp16 `[..., features]`; weight and bias: `[features]`, of its dtype, or None.
+    kind: a layer norm, which subtracts the mean first, or an RMS norm (https://arxiv.org/abs/1910.07467).
+    epsilon: added to the mean of the squares.
 
-    Returns a tensor like the input. Not differentiable.
+    Returns a contiguous tensor of the input's shape and dtype. Not differentiable.
 
-    Raises RuntimeError when a tensor has the wrong shape, dtype or device.
+    Raises OperatorError when a tensor has the wrong shape or dtype, RuntimeError when it is on the wrong device.
     """
-    output: Tensor = torch.ops.autoq.norm.default(input, weight, bias, int(kind), epsilon)
+    try:
+        output: Tensor = torch.ops.autoq.norm.default(input, weight, bias, int(kind), epsilon)
+    except RuntimeError:  # only then is the time spent to say what was wrong
+        _check_norm(input, weight, bias, kind)
+        raise
     return output
 
 
@@ -74,7 +118,11 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, scale: float, dtype: t
 
     Returns two tensors `[batch, tokens, 2 * angles]`, computed in fp32 and rounded once to `dtype`.
 
-    Raises RuntimeError when a tensor has the wrong shape, dtype or device.
+    Raises OperatorError when a tensor has the wrong shape or dtype, RuntimeError when it is on the wrong device.
     """
-    tables: tuple[Tensor, Tensor] = torch.ops.autoq.rotary_tables.default(positions, frequencies, scale, dtype)
+    try:
+        tables: tuple[Tensor, Tensor] = torch.ops.autoq.rotary_tables.default(positions, frequencies, scale, dtype)
+    except RuntimeError:
+        _check_rotary_tables(positions, frequencies, dtype)
+        raise
     return tables

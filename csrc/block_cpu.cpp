@@ -4,11 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 
 #include "block_device.h"
-#include "cpu/fixed_point.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 #include "kept.h"
@@ -74,21 +72,6 @@ void attend_directly(const AttentionInput& input) {
     });
 }
 
-// Of the positions [begin, end).
-void fill_tables(const RotaryTables& tables, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-        const int64_t row = p * 2 * tables.angles;
-        for (int64_t i = 0; i < tables.angles; ++i) {
-            const float angle = static_cast<float>(tables.positions[p]) * tables.frequencies[i];
-            const float cosine = std::cos(angle) * tables.scale, sine = std::sin(angle) * tables.scale;
-            for (const int64_t at : {row + i, row + tables.angles + i}) {
-                cpu::store_float(tables.cosines, tables.dtype, at, cosine);
-                cpu::store_float(tables.sines, tables.dtype, at, sine);
-            }
-        }
-    }
-}
-
 class CpuDevice : public BlockDevice {
   public:
     const char* name() const override { return "the CPU"; }
@@ -128,7 +111,7 @@ class CpuDevice : public BlockDevice {
     void rotary_tables(const RotaryTables& tables) const override {
         constexpr int64_t kElementsPerAngle = 32;  // a cosine and a sine take as long as so many elements
         parallel_for(0, tables.count, rows_per_thread(kElementsPerAngle * tables.angles),
-                     [&](int64_t begin, int64_t end) { fill_tables(tables, begin, end); });
+                     [&](int64_t begin, int64_t end) { block_kernels().rotary_tables(tables, begin, end); });
     }
 
     int64_t held(const std::optional<Tensor>& length, int64_t past) const override {
@@ -220,8 +203,7 @@ Tensor kept_decoder_blocks(const Tensor& hidden, int64_t number, const std::opti
 
 void drop_decoder_blocks(int64_t number) { kept_blocks().drop(number); }
 
-// ---- around the blocks
-// -----------------------------------------------------------------------------------------------
+// ---- around the blocks --------------------------------------------------------------------------------------------
 
 Tensor norm_cpu(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                 int64_t kind, double epsilon) {

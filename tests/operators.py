@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoq import ops
+from autoq.architectures.base import NormKind
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 BITS = (2, 3, 4, 8)
@@ -63,3 +64,19 @@ def exact_linear(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 def run_linear(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, mode: str = "exact") -> Tensor:
     return ops.linear(input, ops.pack(weight), bias, weight.bits, weight.codes.shape[0], mode)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative, of a result without infinities."""
+    assert found.isfinite().all()
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
+    """In float64."""
+    x = x.double()
+    if kind == NormKind.LAYER:
+        x = x - x.mean(-1, keepdim=True)
+    x = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    x = x if weight is None else x * weight.double()
+    return x if bias is None else x + bias.double()

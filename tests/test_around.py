@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Variant, quantized
-from operators import DTYPES, TOLERANCE, needs_extension
+from families import FAMILIES, VARIANTS, Variant, quantized
+from operators import DTYPES, TOLERANCE, error, exact_norm
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from autoq import model_ops
 from autoq.architectures import architecture_of
 from autoq.architectures.base import NormKind
+from autoq.errors import OperatorError
 from autoq.nn.around import StandIn
 from autoq.nn.block import fuse_blocks, unfuse_blocks
 
@@ -22,21 +24,7 @@ LLAMA = next(family for family in FAMILIES if family.config.model_type == "llama
 ROTARY = [family for family in FAMILIES if family.config.model_type in ("llama", "falcon")]
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    assert found.isfinite().all()
-    return float((found.double() - exact).norm() / exact.norm())
-
-
 # ---- the operators ---------------------------------------------------------------------------------------------------
-
-
-def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
-    x = x.double()
-    if kind == NormKind.LAYER:
-        x = x - x.mean(-1, keepdim=True)
-    x = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    x = x if weight is None else x * weight.double()
-    return x if bias is None else x + bias.double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,9 +70,9 @@ def test_opcheck() -> None:
 
 BAD_NORMS: dict[str, Any] = {
     "must be float32, bfloat16 or float16": (torch.ones(2, 4, dtype=torch.long), None, None, 1),
-    "weight must be a contiguous vector of 4 values": (torch.ones(2, 4), torch.ones(5), None, 1),
-    "bias must be .* in the dtype of the input": (torch.ones(2, 4), None, torch.ones(4).half(), 1),
-    "kind must be 0, a layer norm, or 1": (torch.ones(2, 4), None, None, 2),
+    "weight .* must be a vector of 4 values": (torch.ones(2, 4), torch.ones(5), None, 1),
+    "bias .* in the dtype of the input": (torch.ones(2, 4), None, torch.ones(4).half(), 1),
+    "kind is 2 but must be 0, a layer norm, or 1": (torch.ones(2, 4), None, None, 2),
 }
 BAD_TABLES: dict[str, Any] = {
     "positions must be int64": (torch.ones(1, 4), torch.ones(3), 1.0, torch.float32),
@@ -93,16 +81,19 @@ BAD_TABLES: dict[str, Any] = {
 }
 
 
-@needs_extension
 @pytest.mark.parametrize("sentence", [*BAD_NORMS, *BAD_TABLES], ids=str)
-def test_wrong_arguments_get_a_sentence(sentence: str) -> None:
-    operator, arguments = (
-        (torch.ops.autoq.norm, (*BAD_NORMS[sentence], 1e-5))
+@pytest.mark.parametrize("name", ["operator", "reference"])
+def test_wrong_arguments_get_a_sentence(name: str, sentence: str) -> None:
+    function, arguments = (
+        ({"operator": model_ops.norm, "reference": model_ops.reference_norm}[name], (*BAD_NORMS[sentence], 1e-5))
         if sentence in BAD_NORMS
-        else (torch.ops.autoq.rotary_tables, BAD_TABLES[sentence])
+        else (
+            {"operator": model_ops.rotary_tables, "reference": model_ops.reference_rotary_tables}[name],
+            BAD_TABLES[sentence],
+        )
     )
-    with pytest.raises(RuntimeError, match=sentence):
-        operator(*arguments)
+    with pytest.raises(OperatorError, match=sentence):
+        function(*arguments)
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------
@@ -142,10 +133,12 @@ def around(model: nn.Module) -> list[nn.Module]:
 
 def test_only_what_gains_is_replaced() -> None:
     """Torch has an operator for layer norms, and some positions are no tables."""
-    found = {family.config.model_type: len(around(quantized(family).model)) for family in FAMILIES}
-    assert found.pop("llama") == 2
-    assert found.pop("falcon") == 1
-    assert set(found.values()) == {0}
+    for family in VARIANTS:
+        leaves = {"norm", "rotary_emb"} if family.name.startswith(("llama", "mistral", "qwen")) else set()
+        if family.config.model_type == "falcon":
+            leaves = {"rotary_emb"}  # which the models with alibi have too
+        model = quantized(family).model
+        assert {name.rpartition(".")[2] for name, each in model.named_modules() if each in around(model)} == leaves
 
 
 @pytest.mark.parametrize("family", ROTARY, ids=lambda family: family.name)
@@ -187,17 +180,72 @@ def test_weights_of_another_dtype_and_hooks_are_obeyed(calls: Calls) -> None:
     assert calls.norms == 2
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 4.0}])
-def test_positions_that_depend_on_the_length_are_left_alone(rope: dict[str, Any], calls: Calls) -> None:
+ROPES = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},  # scales the tables themselves
+    "llama3": {
+        "factor": 4.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    },
+    "dynamic": {"factor": 4.0},  # depends on how many positions there are
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_kind_of_rotary_positions(kind: str, calls: Calls) -> None:
     config = copy.deepcopy(LLAMA.config)
-    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    config.max_position_embeddings = 64
+    config.rope_parameters = {"rope_theta": 10000.0, "rope_type": kind, **ROPES[kind]}
     model = quantized(Variant("rope", config)).model
     plain = copy.deepcopy(model)
     unfuse_blocks(plain)
     ids = torch.randint(3, 60, (1, 24))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-    assert calls.tables == int(rope["rope_type"] == "linear")
+    assert calls.tables == int(kind != "dynamic")
+
+
+def test_positions_that_the_operator_does_not_take(calls: Calls) -> None:
+    module = quantized(LLAMA).model.model.rotary_emb
+    x, positions = torch.randn(1, 5, 64), torch.arange(5)[None]
+    with torch.no_grad():
+        expected = module(x, positions)
+        assert calls.tables == 1
+        for given in (positions.int(), positions.float()):
+            torch.testing.assert_close(module(x, given), expected)
+        assert module(x.double(), positions)[0].dtype == torch.float64
+        module.inv_freq = module.inv_freq.double()
+        torch.testing.assert_close(module(x, positions), expected)
+    assert calls.tables == 1
+
+
+class ShiftedNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """Of somebody who has another formula."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shifted: Tensor = super().forward(hidden_states) + 1
+        return shifted
+
+
+def test_others_formulas_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(LLAMA).model
+    unfuse_blocks(model)
+    model.model.norm.__class__ = ShiftedNorm
+    fuse_blocks(model)
+    assert around(model) == [model.model.rotary_emb]
+    unfuse_blocks(model)
+    rotary = type(model.model.rotary_emb)
+    monkeypatch.setattr(rotary, "forward", lambda self, x, position_ids: (position_ids, position_ids))
+    fuse_blocks(model)
+    assert around(model) == []
+
+
+def test_a_model_without_these_parts_is_fused_all_the_same() -> None:
+    model = quantized(LLAMA).model
+    unfuse_blocks(model)
+    model.model.last = model.model.norm
+    del model.model.norm
+    assert fuse_blocks(model) == len(model.model.layers)
+    assert around(model) == [model.model.rotary_emb]
 
 
 @pytest.mark.parametrize("leaf", ["norm", "rotary_emb"])

@@ -9,6 +9,7 @@ from typing import Any
 import cuda_host
 import pytest
 import torch
+from operators import error, exact_norm
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,11 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    assert found.isfinite().all()
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
@@ -36,15 +32,6 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 # ---- norms and elementwise steps -------------------------------------------------------------------------------------
-
-
-def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind, epsilon: float) -> Tensor:
-    x = x.double()
-    if kind == NormKind.LAYER:
-        x = x - x.mean(-1, keepdim=True)
-    x = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    x = x if weight is None else x * weight.double()
-    return x if bias is None else x + bias.double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

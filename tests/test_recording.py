@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from machine import FIRST, SECOND, GraphRecording, Machine
 from torch import Tensor
 
-from autoq.nn.recording import CannotBeRecorded, HostRecording
+from autoq.nn.recording import CannotBeRecorded, HostRecording, without_garbage_collection
 from autoq.nn.spread import Move
 
 CPU = torch.device("cpu")
@@ -134,3 +136,15 @@ def test_devices_change_only_by_a_move(function: Callable[[Tensor, Move], Tensor
         given = torch.tensor([1.0, 2.0]).to(FIRST)
         with pytest.raises(CannotBeRecorded, match="gpu:1"):
             GraphRecording(lambda move: function(given, move), FIRST, (given,))
+
+
+def test_no_garbage_is_collected_meanwhile() -> None:
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        try:
+            with contextlib.suppress(ZeroDivisionError), without_garbage_collection():
+                assert not gc.isenabled()
+                raise ZeroDivisionError
+            assert gc.isenabled() == before
+        finally:
+            gc.enable()

@@ -1,11 +1,11 @@
 """Runs the norm behind the decoder blocks, and the rotary positions before them, in one native call each.
 
-As with the blocks (`autoq.nn.block`), the modules stay as transformers made them, and only their forward is replaced.
+As with the blocks (`autoq.nn.block`), only the forward of the modules is replaced, and what the operators do not do
+goes through their own.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -14,44 +14,15 @@ from transformers import PreTrainedModel
 
 from autoq.architectures.base import Architecture, NormKind
 from autoq.model_ops import norm, rotary_tables
+from autoq.nn.stand_in import StandIn, is_plain_call
 from autoq.ops import SUPPORTED_DTYPES
 
 # Rotary positions whose frequencies do not depend on how many positions there are.
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
-class StandIn:
-    """What a module has in the place of its forward, and which hands to that what it does not do itself."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)  # which holds this: a model is gone when the last reference to it is
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": self._module()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._module = weakref.ref(state["_module"])
-
-    @property
-    def module(self) -> Any:
-        """Of many types, most of whose attributes have none."""
-        module = self._module()
-        assert module is not None
-        return module
-
-    def own(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward makes."""
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-
-def is_plain_call(input: Tensor) -> bool:
-    """Whether nobody compiles or traces what is done to an input, or changes its dtype on the way."""
-    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_autocast_enabled(input.device.type))
-
-
 class _FusedNorm(StandIn):
-    """Of an RMS norm."""
+    """The forward of an RMS norm in one operator."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         module = self.module
@@ -69,7 +40,7 @@ class _FusedNorm(StandIn):
 
 
 class _FusedRotary(StandIn):
-    """Of rotary positions."""
+    """The forward of a module that makes rotary tables, in one operator."""
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         module = self.module
@@ -92,16 +63,20 @@ class _FusedRotary(StandIn):
 
 def fuse_around(model: PreTrainedModel, architecture: Architecture) -> None:
     """Replaces the forward of what is around the blocks of a model, where there is an operator for it."""
-    for name, stand_in, is_known in (
+    modules = dict(model.named_modules())
+    for path, stand_in, is_known in (
         (architecture.final_norm, _FusedNorm, _is_known_norm),
         (architecture.rotary, _FusedRotary, _is_known_rotary),
     ):
-        module = None if name is None else model.get_submodule(name)
-        if module is None or not is_known(module):
-            continue
-        # Others' classes, and forwards of the module's own instance, may do anything.
-        if type(module).__module__.startswith("transformers.") and "forward" not in module.__dict__:
+        module = modules.get(path or "")
+        if path is not None and module is not None and is_known(module) and _is_untouched(module):
             module.forward = stand_in(module)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module does what transformers wrote: others' classes and forwards may do anything."""
+    written = (type(module), type(module).forward)
+    return "forward" not in module.__dict__ and all(each.__module__.startswith("transformers.") for each in written)
 
 
 def _is_known_norm(module: nn.Module) -> bool:

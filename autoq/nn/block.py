@@ -30,11 +30,12 @@ from autoq.block_ops import (
     runs_on,
 )
 from autoq.nn.activation import ScaledActivation
-from autoq.nn.around import StandIn, fuse_around, is_plain_call
+from autoq.nn.around import fuse_around
 from autoq.nn.cache import KVBuffers, kv_layer
 from autoq.nn.held import HeldTensors
 from autoq.nn.linear import DenseLinear, QuantLinear
 from autoq.nn.spread import is_mover
+from autoq.nn.stand_in import StandIn, is_plain_call
 from autoq.ops import LANES, MODES, PackedWeight
 
 try:

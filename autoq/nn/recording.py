@@ -8,6 +8,7 @@ says when it goes from one to the next, by the `Move` (autoq/nn/spread.py) that 
 from __future__ import annotations
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,7 +81,7 @@ class _Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
         if torch.Tag.data_dependent_output in func.tags or _size_depends_on_values(func, args):
-            raise CannotBeRecorded(f"{name} brings values to the host")
+            raise CannotBeRecorded(f"{name} looks at the values of a tensor")
         result = func(*args, **kwargs)
         copies = name in ("aten::_to_copy", "aten::copy_")
         source = args[1] if name == "aten::copy_" else args[0] if copies else None
@@ -107,16 +108,21 @@ class _NoWayAround(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def without_garbage_collection() -> Iterator[None]:
+    """While open, nothing is dropped but by its last reference, in one thread at a time: collecting another graph's
+    remains would break a capture."""
+    with _one_at_a_time:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 class _CudaGraph:
@@ -143,7 +149,7 @@ class _CudaGraph:
         """While open, graphs can be made of what `run` does on these devices: on streams of their own."""
         streams = [(torch.cuda.current_stream(device), torch.cuda.Stream(device)) for device in devices]
         with ExitStack() as stack:
-            stack.enter_context(_no_garbage_collection())  # it may drop another graph, which breaks a capture
+            stack.enter_context(without_garbage_collection())
             for current, stream in streams:
                 stream.wait_stream(current)
                 stack.enter_context(torch.cuda.stream(stream))

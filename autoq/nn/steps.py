@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.nn.around import StandIn
 from autoq.nn.block import FusedForward, is_watched
 from autoq.nn.cache import KVBuffers, KVLayer
 from autoq.nn.held import Contents, HeldTensors
 from autoq.nn.linear import QuantModule
 from autoq.nn.recording import CannotBeRecorded, CudaRecording, HostRecording, Recording
 from autoq.nn.spread import Move, moved_by
+from autoq.nn.stand_in import StandIn
 
 # What the step is given, each in a buffer of its own; whatever else a call asks for is not recorded.
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -376,11 +376,10 @@ class RecordedSteps:
                 recording = RECORDERS[slot.device.type](run, slot.device, changing)
                 return _RecordedStep(recording, output_class)
         except (CannotBeRecorded, RuntimeError) as error:
-            # Some families make a mask of their own where none is given, of a size they ask the device for.
-            tried_again = not masked and isinstance(error, CannotBeRecorded)
-            if not tried_again:
-                text = f"a decoding step could not be recorded and runs without a recording, slower: {error}"
-                warnings.warn(text, stacklevel=2)
+            if masked:
+                text = f"decoding steps of this model are not recorded, which makes them slower: {error}"
+                warnings.warn(f"{text} (docs/runtime.md, Recorded steps)", stacklevel=2)
+        # Some families make a mask of their own where none is given, of a size they ask the device for.
         self._impossible = masked
         self._masks_wanted = True
         return None

@@ -34,6 +34,8 @@ struct BlockKernels {
     // For tokens [begin, end) of batch * tokens: rotated keys and the values go into the caches, rotated queries into
     // `queries`.
     void (*rotate)(const AttentionInput& input, int64_t begin, int64_t end);
+    // Positions [begin, end).
+    void (*rotary_tables)(const RotaryTables& tables, int64_t begin, int64_t end);
     // Rows [begin, end) of a cache of bytes, all heads and positions counted, as values of the dtype.
     void (*widen)(const CacheView& cache, void* output, Float dtype, int64_t head_dim, int64_t begin, int64_t end);
     // Attention of `count` query heads, beginning with `head`, all of the same key head, for tokens

@@ -191,6 +191,21 @@ void rotate_tokens(const AttentionInput& input, int64_t begin, int64_t end) {
     }
 }
 
+template <Float DTYPE>
+void fill_tables(const RotaryTables& tables, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t row = p * 2 * tables.angles;
+        for (int64_t i = 0; i < tables.angles; ++i) {
+            const float angle = static_cast<float>(tables.positions[p]) * tables.frequencies[i];
+            const float cosine = std::cos(angle) * tables.scale, sine = std::sin(angle) * tables.scale;
+            for (const int64_t at : {row + i, row + tables.angles + i}) {
+                store_float(tables.cosines, DTYPE, at, cosine);
+                store_float(tables.sines, DTYPE, at, sine);
+            }
+        }
+    }
+}
+
 // ---- dense linears -------------------------------------------------------------------------------------------------
 
 // Rows and outputs whose sums fit the registers together.
@@ -316,6 +331,10 @@ void rotate(const AttentionInput& input, int64_t begin, int64_t end) {
     with_dtype(input.dtype, [&](auto kind) { rotate_tokens<kind()>(input, begin, end); });
 }
 
+void rotary_tables(const RotaryTables& tables, int64_t begin, int64_t end) {
+    with_dtype(tables.dtype, [&](auto kind) { fill_tables<kind()>(tables, begin, end); });
+}
+
 void widen(const CacheView& cache, void* output, Float dtype, int64_t head_dim, int64_t begin, int64_t end) {
     with_dtype(dtype, [&](auto kind) { widen_cache<kind()>(cache, output, head_dim, begin, end); });
 }
@@ -328,7 +347,7 @@ void multiply_dense(const DenseProduct& product, int64_t begin, int64_t end) {
     with_dtype(product.dtype, [&](auto kind) { multiply_dense_rows<kind()>(product, begin, end); });
 }
 
-constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, widen, attend, multiply_dense};
+constexpr BlockKernels kernels_of_set = {norm, add, activate, rotate, rotary_tables, widen, attend, multiply_dense};
 
 #undef AUTOQ_EACH_REGISTER
 #undef AUTOQ_VECTOR

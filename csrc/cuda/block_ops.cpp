@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kManyTokens = 17;
 
 void check_launch(const char* error) {
-    STD_TORCH_CHECK(error == nullptr, "autoq: a CUDA kernel of a model was not launched: ", error);
+    STD_TORCH_CHECK(error == nullptr,
+                    "autoq: a CUDA kernel of decoder blocks, or of what is around them, was not launched: ", error);
 }
 
 class CudaDevice : public BlockDevice {

@@ -54,6 +54,29 @@ void test_add(const BlockKernels& kernels, const std::string& name, Float dtype,
     }
 }
 
+void test_rotary_tables(const BlockKernels& kernels, const std::string& name, Float dtype) {
+    const std::vector<int64_t> positions{0, 1, 77, 131071};
+    const std::vector<float> frequencies{1.0f, 0.3f, 0.0001f};
+    const auto angles = static_cast<int64_t>(frequencies.size()), count = static_cast<int64_t>(positions.size());
+    std::vector<double> cosines, sines;
+    for (const int64_t position : positions) {
+        for (int half = 0; half < 2; ++half) {
+            for (const float frequency : frequencies) {
+                const double angle = static_cast<float>(position) * frequency;
+                cosines.push_back(1.25 * std::cos(angle));
+                sines.push_back(1.25 * std::sin(angle));
+            }
+        }
+    }
+    Array found_cosines(dtype, count * 2 * angles), found_sines(dtype, count * 2 * angles);
+    const RotaryTables tables{positions.data(),  count, frequencies.data(), angles, 1.25f, dtype, found_cosines.data(),
+                              found_sines.data()};
+    kernels.rotary_tables(tables, 0, 1);
+    kernels.rotary_tables(tables, 1, count);
+    check_close(found_cosines, cosines, 2 * tolerance(dtype), name + " cosines");
+    check_close(found_sines, sines, 2 * tolerance(dtype), name + " sines");
+}
+
 void test_dense(const BlockKernels& kernels, const std::string& name, Float dtype, int64_t columns) {
     constexpr int64_t kOutputs = 11;
     const Array input = Array::random(dtype, kRows * columns), weight = Array::random(dtype, kOutputs * columns);
@@ -360,6 +383,7 @@ void test_block() {
         if (&of_set == tested) continue;  // the set before shares them
         tested = &of_set;
         for (Float dtype : kDtypes) {
+            test_rotary_tables(of_set, name + ", " + name_of(dtype) + ":", dtype);
             for (int64_t columns : {1, 16, 37, 128}) {
                 const std::string what = name + ", " + name_of(dtype) + ", " + std::to_string(columns) + " columns:";
                 test_norm(of_set, what, dtype, columns);
