@@ -28,7 +28,7 @@ from torch.nn import functional
 from autoq import ops
 from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
 from autoq.errors import OperatorError
-from autoq.model_ops import reference_norm
+from autoq.model_ops import normalize
 
 MAX_HEAD_DIM = 1024  # of the native operator
 
@@ -136,7 +136,7 @@ _library.define(
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: float) -> Tensor:
-    return reference_norm(x, weight if weight.numel() else None, bias if bias.numel() else None, kind, epsilon)
+    return normalize(x, weight if weight.numel() else None, bias if bias.numel() else None, kind, epsilon)
 
 
 def _project(

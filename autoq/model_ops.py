@@ -54,14 +54,19 @@ def _check_rotary_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dt
         raise OperatorError(f"rotary_tables: the dtype must be float32, bfloat16 or float16, not {dtype}")
 
 
-def reference_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, epsilon: float) -> Tensor:
-    _check_norm(input, weight, bias, kind)
+def normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, epsilon: float) -> Tensor:
+    """What `norm` computes, of vectors of any dtype."""
     wide = input.contiguous().float()
     if kind == NormKind.LAYER:
         wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     wide = wide if weight is None else wide * weight.float()
     return (wide if bias is None else wide + bias.float()).to(input.dtype)
+
+
+def reference_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, kind: int, epsilon: float) -> Tensor:
+    _check_norm(input, weight, bias, kind)
+    return normalize(input, weight, bias, kind, epsilon)
 
 
 def reference_rotary_tables(
