@@ -62,8 +62,9 @@ class QuantModule(nn.Module):
 class QuantLinear(QuantModule):
     """`y = x W^T + b` with a quantized weight.
 
-    Input `[..., in_features]` in fp32, bf16 or fp16; output `[..., out_features]` in the same dtype; sums in fp32.
-    The gradient reaches the input (so adapters around it can train), not the weight.
+    Input `[..., in_features]` in fp32, bf16 or fp16; output `[..., out_features]` in the same dtype, or in autocast's
+    where that is on, as of torch's linears; sums in fp32. The gradient reaches the input (so adapters around it can
+    train), not the weight.
 
     `mode` is that of `autoq.ops.linear`, "exact" or "int8"; it may be set at any time.
 
@@ -101,6 +102,8 @@ class QuantLinear(QuantModule):
         return self._dequantized(self.scales.dtype if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         return ops.linear(x, self.packed(), bias, self.spec.bits, self.spec.out_features, self.mode)
 
