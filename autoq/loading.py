@@ -27,7 +27,7 @@ from autoq.formats import Format, LinearSpec, TensorSpec, get_format
 from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import DiskWeights, connect, fetch_from_disk
-from autoq.ops import PackedWeight, pack
+from autoq.ops import LANES, PackedWeight, pack
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.
@@ -42,6 +42,9 @@ _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 # Linears that the system reads while others are packed.
 _READ_AHEAD = 16
+# Outputs are packed so many at once, or a multiple: a cache line of GEMM's words holds the codes of 128.
+_OUTPUTS_AT_ONCE = 128
+_CODES_OF_A_THREAD = 2**20  # what the second-level cache holds
 
 
 class _Stored(NamedTuple):
@@ -344,7 +347,7 @@ def _tensors(
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
-        packed = pack(layout.unpack(tensors, spec))
+        packed = _pack_stored(tensors, spec, layout)
         for leaf, buffer in packed._asdict().items():
             for user in (user for user, stored in quantized.items() if stored.name == name):
                 yield f"{user}.{leaf}", buffer
@@ -352,6 +355,19 @@ def _tensors(
     reader.read_ahead(plain)
     for name, tensor in plain.items():
         yield name, reader.read(name).to(tensor.dtype)
+
+
+def _pack_stored(tensors: Mapping[str, Tensor], spec: LinearSpec, layout: Format) -> PackedWeight:
+    """A stored weight in the layout of the operators, some outputs at a time: what lies between the two layouts, a byte
+    for each code, stays in the caches, and in memory that is touched once."""
+    packed = PackedWeight.empty(spec.out_features, spec.in_features, spec.groups, spec.bits)
+    each = max(_OUTPUTS_AT_ONCE, torch.get_num_threads() * _CODES_OF_A_THREAD // spec.in_features)
+    each = each // _OUTPUTS_AT_ONCE * _OUTPUTS_AT_ONCE
+    for first in range(0, spec.out_features, each):
+        last = min(first + each, spec.out_features)
+        part = layout.unpack(layout.outputs(tensors, first, last), spec._replace(out_features=last - first))
+        pack(part, packed.row_blocks(first // LANES, -(-last // LANES)))
+    return packed
 
 
 def _share_weights(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> None:

@@ -50,6 +50,22 @@ class PackedWeight(NamedTuple):
     scales: Tensor
     zeros: Tensor
 
+    @classmethod
+    def empty(
+        cls, out_features: int, in_features: int, groups: int, bits: int, device: torch.device | str | None = None
+    ) -> PackedWeight:
+        """Memory for a weight of this shape, to be filled by `pack`."""
+        row_blocks, units = -(-out_features // LANES), -(-in_features // UNIT)
+        return cls(
+            torch.empty(row_blocks, units, bits, LANES, dtype=torch.int32, device=device),
+            torch.empty(row_blocks, groups, LANES, dtype=torch.float16, device=device),
+            torch.empty(row_blocks, groups, LANES, dtype=torch.uint8, device=device),
+        )
+
+    def row_blocks(self, first: int, last: int) -> PackedWeight:
+        """Views of the blocks [first, last) of 16 outputs."""
+        return PackedWeight(*(tensor[first:last] for tensor in self))
+
 
 # ---- the extension ---------------------------------------------------------------------------------------------------
 
@@ -238,8 +254,10 @@ def _unpack_parameters(packed: Tensor, out_features: int) -> Tensor:
     return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features].contiguous()
 
 
-def pack(weight: QuantizedWeight) -> PackedWeight:
+def pack(weight: QuantizedWeight, into: PackedWeight | None = None) -> PackedWeight:
     """A quantized weight in the layout of the operators, on the device of its codes.
+
+    into: where to put it, tensors of its shapes, or None for new ones.
 
     Scales that are not fp16 are rounded to it; otherwise `unpack` gives back the same weight, bit for bit.
 
@@ -266,7 +284,12 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
             raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
         if bool((half_scales.isinf() & scales.isfinite()).any()):
             raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
-    return PackedWeight(torch.ops.autoq.pack_codes(codes, bits), _pack_parameters(half_scales), _pack_parameters(zeros))
+    if into is None:
+        into = PackedWeight.empty(codes.shape[0], codes.shape[1], scales.shape[1], bits, codes.device)
+    torch.ops.autoq.pack_codes(codes, bits, into.codes)
+    into.scales.copy_(_pack_parameters(half_scales))
+    into.zeros.copy_(_pack_parameters(zeros))
+    return into
 
 
 def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int, symmetric: bool) -> QuantizedWeight:
@@ -304,12 +327,11 @@ _library.define(
     "int embedding_dim, ScalarType dtype) -> Tensor"
 )
 _library.define("dense_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("pack_codes(Tensor codes, int bits) -> Tensor")
+_library.define("pack_codes(Tensor codes, int bits, Tensor(a!) packed) -> ()")
 
 
-def _fake_pack_codes(codes: Tensor, bits: int) -> Tensor:
-    out_features, in_features = codes.shape
-    return codes.new_empty(-(-out_features // LANES), -(-in_features // UNIT), bits, LANES, dtype=torch.int32)
+def _reference_pack_codes(codes: Tensor, bits: int, packed: Tensor) -> None:
+    packed.copy_(_pack_codes(codes, bits))
 
 
 def _reference_dequantize(
@@ -448,12 +470,12 @@ _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
 _library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
 _library.impl("dense_linear", _reference_dense_linear, "CompositeExplicitAutograd")
-_library.impl("pack_codes", _pack_codes, "CompositeExplicitAutograd")
+_library.impl("pack_codes", _reference_pack_codes, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
 torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
 torch.library.register_fake("autoq::embedding", _fake_embedding, lib=_library)
 torch.library.register_fake("autoq::dense_linear", _fake_dense_linear, lib=_library)
-torch.library.register_fake("autoq::pack_codes", _fake_pack_codes, lib=_library)
+torch.library.register_fake("autoq::pack_codes", lambda _codes, _bits, _packed: None, lib=_library)
 torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
 _extension_problem = _load_extension()
 

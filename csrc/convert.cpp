@@ -28,11 +28,11 @@ void check_bits(int64_t bits) {
 constexpr std::array<int, 8> kGemmShifts{0, 16, 4, 20, 8, 24, 12, 28};
 constexpr int64_t kTile = 64;
 
-// Word column `column` of rows [first, first + rows): eight rows of the codes.
-void spread_words(const int32_t* words, int64_t columns, int64_t column, int64_t first, int64_t rows, uint8_t* codes,
+// Word column `column` of rows [first, first + rows), `stride` words apart: eight rows of the codes.
+void spread_words(const int32_t* words, int64_t stride, int64_t column, int64_t first, int64_t rows, uint8_t* codes,
                   int64_t inputs) {
     uint32_t tile[kTile];
-    for (int64_t k = 0; k < rows; ++k) tile[k] = static_cast<uint32_t>(words[(first + k) * columns + column]);
+    for (int64_t k = 0; k < rows; ++k) tile[k] = static_cast<uint32_t>(words[(first + k) * stride + column]);
     for (size_t i = 0; i < kGemmShifts.size(); ++i) {
         uint8_t* row = codes + (column * 8 + static_cast<int64_t>(i)) * inputs + first;
         const int shift = kGemmShifts[i];
@@ -43,8 +43,9 @@ void spread_words(const int32_t* words, int64_t columns, int64_t column, int64_t
 // int32 [inputs, outputs / 8] -> uint8 [outputs, inputs]
 Tensor unpack_gemm_codes(const Tensor& words_) {
     check_matrix(words_, ScalarType::Int, "GEMM words", "int32");
-    const Tensor words = make_contiguous(words_);
-    const int64_t inputs = words.size(0), columns = words.size(1);
+    // Some columns of a wider matrix are read where they are.
+    const Tensor words = words_.stride(1) == 1 ? words_ : make_contiguous(words_);
+    const int64_t inputs = words.size(0), columns = words.size(1), stride = words.stride(0);
     Tensor codes = torch::stable::new_empty(words, {columns * 8, inputs}, ScalarType::Byte);
     const auto* from = static_cast<const int32_t*>(words.data_ptr());
     auto* to = static_cast<uint8_t*>(codes.data_ptr());
@@ -54,7 +55,7 @@ Tensor unpack_gemm_codes(const Tensor& words_) {
         for (int64_t line = begin; line < end; ++line) {
             for (int64_t first = 0; first < inputs; first += kTile) {
                 for (int64_t column = line * kLine; column < std::min((line + 1) * kLine, columns); ++column) {
-                    spread_words(from, columns, column, first, std::min(kTile, inputs - first), to, inputs);
+                    spread_words(from, stride, column, first, std::min(kTile, inputs - first), to, inputs);
                 }
             }
         }
@@ -150,13 +151,17 @@ void pack_unit(const uint8_t* codes, int bits, int32_t* words) {
 }
 
 // uint8 [outputs, inputs] -> int32 [row blocks, units, bits, 16]
-Tensor pack_codes(const Tensor& codes_, int64_t bits) {
+void pack_codes(const Tensor& codes_, int64_t bits, const Tensor& packed) {
     check_matrix(codes_, ScalarType::Byte, "codes", "uint8");
     check_bits(bits);
     const Tensor codes = make_contiguous(codes_);
     const int64_t outputs = codes.size(0), inputs = codes.size(1);
     const int64_t row_blocks = (outputs + kLanes - 1) / kLanes, units = (inputs + kUnitColumns - 1) / kUnitColumns;
-    Tensor packed = torch::stable::new_empty(codes, {row_blocks, units, bits, kLanes}, ScalarType::Int);
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
+                        packed.dim() == 4 && packed.size(0) == row_blocks && packed.size(1) == units &&
+                        packed.size(2) == bits && packed.size(3) == kLanes,
+                    "autoq: packed codes must be contiguous int32 [", row_blocks, ", ", units, ", ", bits, ", ", kLanes,
+                    "] on the CPU");
     const auto* from = static_cast<const uint8_t*>(codes.data_ptr());
     auto* to = static_cast<int32_t*>(packed.data_ptr());
     torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
@@ -174,7 +179,6 @@ Tensor pack_codes(const Tensor& codes_, int64_t bits) {
             }
         }
     });
-    return packed;
 }
 
 }  // namespace

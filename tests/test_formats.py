@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoq import ops
+from autoq import loading, ops
 from autoq.errors import ConfigError
 from autoq.formats import LinearSpec, all_formats, dense, gemm, get_format
 from autoq.quantization.weight import QuantizedWeight, quantize
@@ -98,21 +98,46 @@ def test_unknown_format() -> None:
 def test_native_conversions_equal_their_reference(rows: int, columns: int, bits: int) -> None:
     torch.manual_seed(0)
     codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8)
-    assert torch.equal(torch.ops.autoq.pack_codes(codes, bits), ops._pack_codes(codes, bits))
+    expected = ops._pack_codes(codes, bits)
+    room = torch.full((expected.shape[0] + 2, *expected.shape[1:]), 77, dtype=torch.int32)
+    torch.ops.autoq.pack_codes(codes, bits, room[1:-1])
+    assert torch.equal(room[1:-1], expected)
+    assert bool((room[0] == 77).all() and (room[-1] == 77).all())
     stream = dense._to_bit_stream(codes[:, : columns - 3], bits)
     assert torch.equal(torch.ops.autoq.unpack_bit_stream(stream, columns - 3, bits), codes[:, : columns - 3])
     words = torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int64).to(torch.int32)
     assert torch.equal(torch.ops.autoq.unpack_gemm_codes(words), gemm._unpack_columns(words).T)
+    for some in (words[:, 2:5], words.T.contiguous().T):
+        assert torch.equal(torch.ops.autoq.unpack_gemm_codes(some), gemm._unpack_columns(some).T)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("gemm", 4), ("dense", 3), ("dense", 4), ("dense", 8)])
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("outputs", [8, 128, 304])
+def test_some_outputs_at_a_time_are_all_of_them(
+    outputs: int, zero_point: bool, name: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_CODES_OF_A_THREAD", 1)
+    weight, spec = _case(bits, 32, (outputs, 96), zero_point)
+    layout = get_format(name)
+    tensors = layout.pack(weight)
+    found = loading._pack_stored(tensors, spec, layout)
+    for ours, expected in zip(found, ops.pack(layout.unpack(tensors, spec)), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_conversions_refuse_what_they_cannot_read() -> None:
     with pytest.raises(RuntimeError):
         torch.ops.autoq.unpack_bit_stream(torch.zeros(2, 5, dtype=torch.uint8), 16, 3)
     if ops.extension_missing() is None:
+        room = torch.zeros(1, 1, 4, 16, dtype=torch.int32)
         for arguments in ((torch.zeros(2, 2), 4), (torch.zeros(2, dtype=torch.uint8), 4)):
             with pytest.raises(RuntimeError, match="codes must be uint8 of two dimensions"):
-                torch.ops.autoq.pack_codes(*arguments)
+                torch.ops.autoq.pack_codes(*arguments, room)
         with pytest.raises(RuntimeError, match="bits is 5"):
-            torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 5)
+            torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 5, room)
+        for wrong in (room[:, :, :3], room.long(), room.transpose(2, 3), torch.cat((room, room))):
+            with pytest.raises(RuntimeError, match=r"packed codes must be contiguous int32 \[1, 1, 4, 16\]"):
+                torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 4, wrong)
         with pytest.raises(RuntimeError, match="GEMM words must be int32"):
             torch.ops.autoq.unpack_gemm_codes(torch.zeros(2, 8))

@@ -60,3 +60,6 @@ class Format(Protocol):
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         """The weight held by tensors that match `tensors(spec)`."""
+
+    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+        """Views of the tensors of a weight: those of its outputs [first, last), both multiples of 16, or the end."""

@@ -93,5 +93,8 @@ class Dense:
             bits=spec.bits,
         )
 
+    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+        return {leaf: tensor[first:last] for leaf, tensor in tensors.items()}
+
 
 FORMAT = Dense()

@@ -85,5 +85,10 @@ class Gemm:
             bits=spec.bits,
         )
 
+    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+        words = slice(first // _PER_WORD, last // _PER_WORD)
+        columns = {"qweight": words, "qzeros": words, "scales": slice(first, last)}
+        return {leaf: tensor[:, columns[leaf]] for leaf, tensor in tensors.items()}
+
 
 FORMAT = Gemm()
