@@ -361,8 +361,8 @@ def _pack_stored(tensors: Mapping[str, Tensor], spec: LinearSpec, layout: Format
     """A stored weight in the layout of the operators, some outputs at a time: what lies between the two layouts, a byte
     for each code, stays in the caches, and in memory that is touched once."""
     packed = PackedWeight.empty(spec.out_features, spec.in_features, spec.groups, spec.bits)
-    each = max(_OUTPUTS_AT_ONCE, torch.get_num_threads() * _CODES_OF_A_THREAD // spec.in_features)
-    each = each // _OUTPUTS_AT_ONCE * _OUTPUTS_AT_ONCE
+    outputs = torch.get_num_threads() * _CODES_OF_A_THREAD // spec.in_features
+    each = max(1, outputs // _OUTPUTS_AT_ONCE) * _OUTPUTS_AT_ONCE
     for first in range(0, spec.out_features, each):
         last = min(first + each, spec.out_features)
         part = layout.unpack(layout.outputs(tensors, first, last), spec._replace(out_features=last - first))

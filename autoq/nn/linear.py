@@ -177,13 +177,7 @@ def _spec_of(weight: QuantizedWeight) -> LinearSpec:
 
 def _empty(spec: LinearSpec) -> PackedWeight:
     """On the meta device."""
-
-    def empty(columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(spec.out_features, columns, dtype=dtype, device="meta")
-
-    zeros = empty(spec.groups, torch.uint8) if spec.zero_point else None
-    codes, scales = empty(spec.in_features, torch.uint8), empty(spec.groups, torch.float16)
-    return ops.pack(QuantizedWeight(codes, scales, zeros, spec.bits))
+    return PackedWeight.empty(spec.out_features, spec.in_features, spec.groups, spec.bits, "meta")
 
 
 def _settings_of(spec: LinearSpec) -> str:
