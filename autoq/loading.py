@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,10 @@ from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import CheckpointError, ConfigError, first_line
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
 from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
+from autoq.nn.block import linears_read_together
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import DiskWeights, connect, fetch_from_disk
-from autoq.ops import LANES, PackedWeight, pack
+from autoq.ops import LANES, PackedWeight
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.
@@ -42,9 +43,6 @@ _OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 
 # Linears that the system reads while others are packed.
 _READ_AHEAD = 16
-# Outputs are packed so many at once, or a multiple: a cache line of GEMM's words holds the codes of 128.
-_OUTPUTS_AT_ONCE = 128
-_CODES_OF_A_THREAD = 2**20  # what the second-level cache holds
 
 
 class _Stored(NamedTuple):
@@ -339,6 +337,7 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model, read and packed one linear at a time."""
     linears = dict.fromkeys(quantized.values())
+    together, rooms = linears_read_together(model), dict[str, PackedWeight]()
     upcoming = iter([f"{name}.{leaf}" for leaf in layout.tensors(spec)] for spec, layout, name in linears)
     for names in islice(upcoming, _READ_AHEAD):
         reader.read_ahead(names)
@@ -347,7 +346,10 @@ def _tensors(
         tensors = {leaf: reader.read(f"{name}.{leaf}") for leaf in layout.tensors(spec)}
         if not torch.isfinite(tensors["scales"]).all():
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
-        packed = _pack_stored(tensors, spec, layout)
+        if name not in rooms:
+            rooms |= _room(name, quantized, together)
+        packed = rooms.pop(name)
+        layout.load(tensors, spec, packed)
         for leaf, buffer in packed._asdict().items():
             for user in (user for user, stored in quantized.items() if stored.name == name):
                 yield f"{user}.{leaf}", buffer
@@ -357,17 +359,16 @@ def _tensors(
         yield name, reader.read(name).to(tensor.dtype)
 
 
-def _pack_stored(tensors: Mapping[str, Tensor], spec: LinearSpec, layout: Format) -> PackedWeight:
-    """A stored weight in the layout of the operators, some outputs at a time: what lies between the two layouts, a byte
-    for each code, stays in the caches, and in memory that is touched once."""
-    packed = PackedWeight.empty(spec.out_features, spec.in_features, spec.groups, spec.bits)
-    outputs = torch.get_num_threads() * _CODES_OF_A_THREAD // spec.in_features
-    each = max(1, outputs // _OUTPUTS_AT_ONCE) * _OUTPUTS_AT_ONCE
-    for first in range(0, spec.out_features, each):
-        last = min(first + each, spec.out_features)
-        part = layout.unpack(layout.outputs(tensors, first, last), spec._replace(out_features=last - first))
-        pack(part, packed.row_blocks(first // LANES, -(-last // LANES)))
-    return packed
+def _room(name: str, quantized: Mapping[str, _Stored], together: Sequence[Sequence[str]]) -> dict[str, PackedWeight]:
+    """Memory for a quantized linear, and for those that are read together with it, which lie behind each other."""
+    names = next((names for names in together if name in names), [name])
+    specs = [quantized[each].spec for each in names]
+    outputs = sum(spec.out_features for spec in specs)
+    whole = PackedWeight.empty(outputs, specs[0].in_features, specs[0].groups, specs[0].bits)
+    ends = accumulate(-(-spec.out_features // LANES) for spec in specs)
+    return {
+        each: whole.row_blocks(first, last) for each, (first, last) in zip(names, pairwise([0, *ends]), strict=True)
+    }
 
 
 def _share_weights(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class PackedWeight(NamedTuple):
     def empty(
         cls, out_features: int, in_features: int, groups: int, bits: int, device: torch.device | str | None = None
     ) -> PackedWeight:
-        """Memory for a weight of this shape, to be filled by `pack`."""
+        """Memory for a weight of this shape, to be filled by the `load` of a format."""
         row_blocks, units = -(-out_features // LANES), -(-in_features // UNIT)
         return cls(
             torch.empty(row_blocks, units, bits, LANES, dtype=torch.int32, device=device),
@@ -244,20 +245,18 @@ def _unpack_three_bits(packed: Tensor) -> Tensor:
     return torch.stack(codes, dim=-1).flatten(1)
 
 
-def _pack_parameters(parameters: Tensor) -> Tensor:
-    """`[out, groups]` as `[row_blocks, groups, 16]`."""
+def pack_parameters(parameters: Tensor) -> Tensor:
+    """`[out, groups]`, of any strides, as `[row_blocks, groups, 16]`."""
     padded = functional.pad(parameters, (0, 0, 0, -parameters.shape[0] % LANES))
-    return padded.view(-1, LANES, parameters.shape[1]).transpose(1, 2).contiguous()
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
 def _unpack_parameters(packed: Tensor, out_features: int) -> Tensor:
     return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:out_features].contiguous()
 
 
-def pack(weight: QuantizedWeight, into: PackedWeight | None = None) -> PackedWeight:
+def pack(weight: QuantizedWeight) -> PackedWeight:
     """A quantized weight in the layout of the operators, on the device of its codes.
-
-    into: where to put it, tensors of its shapes, or None for new ones.
 
     Scales that are not fp16 are rounded to it; otherwise `unpack` gives back the same weight, bit for bit.
 
@@ -284,12 +283,9 @@ def pack(weight: QuantizedWeight, into: PackedWeight | None = None) -> PackedWei
             raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
         if bool((half_scales.isinf() & scales.isfinite()).any()):
             raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
-    if into is None:
-        into = PackedWeight.empty(codes.shape[0], codes.shape[1], scales.shape[1], bits, codes.device)
-    torch.ops.autoq.pack_codes(codes, bits, into.codes)
-    into.scales.copy_(_pack_parameters(half_scales))
-    into.zeros.copy_(_pack_parameters(zeros))
-    return into
+    packed = PackedWeight.empty(codes.shape[0], codes.shape[1], scales.shape[1], bits, codes.device)
+    torch.ops.autoq.pack_codes(codes, bits, packed.codes)
+    return PackedWeight(packed.codes, pack_parameters(half_scales), pack_parameters(zeros))
 
 
 def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int, symmetric: bool) -> QuantizedWeight:
@@ -327,11 +323,22 @@ _library.define(
     "int embedding_dim, ScalarType dtype) -> Tensor"
 )
 _library.define("dense_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("pack_codes(Tensor codes, int bits, Tensor(a!) packed) -> ()")
 
 
-def _reference_pack_codes(codes: Tensor, bits: int, packed: Tensor) -> None:
+def define_packing(schema: str, reference: Callable[..., None]) -> None:
+    """Defines an operator that puts codes, stored in some way, into those of a packed weight, its last argument."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"autoq::{name}", lambda *_: None, lib=_library)
+
+
+def reference_pack_codes(codes: Tensor, bits: int, packed: Tensor) -> None:
+    """Puts codes, uint8 `[out, in]`, into those of a packed weight."""
     packed.copy_(_pack_codes(codes, bits))
+
+
+define_packing("pack_codes(Tensor codes, int bits, Tensor(a!) packed) -> ()", reference_pack_codes)
 
 
 def _reference_dequantize(
@@ -422,7 +429,7 @@ def _reference_embedding(
     padded = functional.pad(rows, (0, -rows.numel() % LANES))
     blocks, lanes = padded // LANES, padded % LANES
     words = codes[blocks, :, :, lanes].reshape(-1, LANES, *codes.shape[1:3]).permute(0, 2, 3, 1).contiguous()
-    parameters = (_pack_parameters(part[blocks, :, lanes]) for part in (scales, zeros))
+    parameters = (pack_parameters(part[blocks, :, lanes]) for part in (scales, zeros))
     dense = _dequantize(words, *parameters, bits, rows.numel(), embedding_dim, dtype)
     return dense.view(*ids.shape, embedding_dim)
 
@@ -470,12 +477,10 @@ _library.impl("dequantize", _reference_dequantize, "CompositeExplicitAutograd")
 _library.impl("linear", _reference_linear, "CompositeExplicitAutograd")
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
 _library.impl("dense_linear", _reference_dense_linear, "CompositeExplicitAutograd")
-_library.impl("pack_codes", _reference_pack_codes, "CompositeExplicitAutograd")
 torch.library.register_fake("autoq::dequantize", _fake_dequantize, lib=_library)
 torch.library.register_fake("autoq::linear", _fake_linear, lib=_library)
 torch.library.register_fake("autoq::embedding", _fake_embedding, lib=_library)
 torch.library.register_fake("autoq::dense_linear", _fake_dense_linear, lib=_library)
-torch.library.register_fake("autoq::pack_codes", lambda _codes, _bits, _packed: None, lib=_library)
 torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
 _extension_problem = _load_extension()
 

@@ -1,11 +1,11 @@
-// Conversions between ways to store codes, on the CPU: what loading a checkpoint spends its time on. The schemas and
-// the references are where each way is described: autoq/formats and autoq/ops.py. Little-endian, as all of these are.
+// Conversions into the packed layout, on the CPU: what loading a checkpoint spends its time on. The schemas and the
+// references are where each way to store codes is described: autoq/formats and autoq/ops.py. Little-endian, as all of
+// these are.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <vector>
 
 #include "packed.h"
 
@@ -22,94 +22,17 @@ void check_bits(int64_t bits) {
                     "; it must be 2, 3, 4 or 8");
 }
 
-// ---- AutoAWQ's words -----------------------------------------------------------------------------------------------
-
-// Bit offset of each of the eight columns of a word.
-constexpr std::array<int, 8> kGemmShifts{0, 16, 4, 20, 8, 24, 12, 28};
-constexpr int64_t kTile = 64;
-
-// Word column `column` of rows [first, first + rows), `stride` words apart: eight rows of the codes.
-void spread_words(const int32_t* words, int64_t stride, int64_t column, int64_t first, int64_t rows, uint8_t* codes,
-                  int64_t inputs) {
-    uint32_t tile[kTile];
-    for (int64_t k = 0; k < rows; ++k) tile[k] = static_cast<uint32_t>(words[(first + k) * stride + column]);
-    for (size_t i = 0; i < kGemmShifts.size(); ++i) {
-        uint8_t* row = codes + (column * 8 + static_cast<int64_t>(i)) * inputs + first;
-        const int shift = kGemmShifts[i];
-        for (int64_t k = 0; k < rows; ++k) row[k] = static_cast<uint8_t>((tile[k] >> shift) & 15);
-    }
+// Codes of a weight that something is packed into.
+void check_packed(const Tensor& packed, int64_t outputs, int64_t inputs, int64_t bits) {
+    const int64_t row_blocks = (outputs + kLanes - 1) / kLanes, units = (inputs + kUnitColumns - 1) / kUnitColumns;
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
+                        packed.dim() == 4 && packed.size(0) == row_blocks && packed.size(1) == units &&
+                        packed.size(2) == bits && packed.size(3) == kLanes,
+                    "autoq: packed codes must be contiguous int32 [", row_blocks, ", ", units, ", ", bits, ", ", kLanes,
+                    "] on the CPU");
 }
 
-// int32 [inputs, outputs / 8] -> uint8 [outputs, inputs]
-Tensor unpack_gemm_codes(const Tensor& words_) {
-    check_matrix(words_, ScalarType::Int, "GEMM words", "int32");
-    // Some columns of a wider matrix are read where they are.
-    const Tensor words = words_.stride(1) == 1 ? words_ : make_contiguous(words_);
-    const int64_t inputs = words.size(0), columns = words.size(1), stride = words.stride(0);
-    Tensor codes = torch::stable::new_empty(words, {columns * 8, inputs}, ScalarType::Byte);
-    const auto* from = static_cast<const int32_t*>(words.data_ptr());
-    auto* to = static_cast<uint8_t*>(codes.data_ptr());
-    // A cache line of words holds sixteen columns: they are taken together, from `kTile` rows.
-    constexpr int64_t kLine = 16;
-    torch::stable::parallel_for(0, (columns + kLine - 1) / kLine, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line) {
-            for (int64_t first = 0; first < inputs; first += kTile) {
-                for (int64_t column = line * kLine; column < std::min((line + 1) * kLine, columns); ++column) {
-                    spread_words(from, stride, column, first, std::min(kTile, inputs - first), to, inputs);
-                }
-            }
-        }
-    });
-    return codes;
-}
-
-// ---- bit streams ---------------------------------------------------------------------------------------------------
-
-template <int BITS>
-void spread_row(const uint8_t* stream, int64_t count, uint8_t* codes) {
-    constexpr uint64_t kMask = (1u << BITS) - 1;
-    int64_t first = 0;
-    for (; first + 8 <= count; first += 8, stream += BITS) {
-        uint64_t eight = 0;
-        std::memcpy(&eight, stream, BITS);
-        for (int i = 0; i < 8; ++i) codes[first + i] = static_cast<uint8_t>((eight >> (BITS * i)) & kMask);
-    }
-    uint64_t rest = 0;
-    std::memcpy(&rest, stream, static_cast<size_t>(((count - first) * BITS + 7) / 8));
-    for (int64_t i = 0; first + i < count; ++i) codes[first + i] = static_cast<uint8_t>((rest >> (BITS * i)) & kMask);
-}
-
-void spread_row(const uint8_t* stream, int64_t count, int64_t bits, uint8_t* codes) {
-    switch (bits) {
-        case 2:
-            return spread_row<2>(stream, count, codes);
-        case 3:
-            return spread_row<3>(stream, count, codes);
-        case 4:
-            return spread_row<4>(stream, count, codes);
-        default:
-            std::memcpy(codes, stream, static_cast<size_t>(count));
-    }
-}
-
-// uint8 [rows, bytes], codes one after the other from the lowest bit -> uint8 [rows, count]
-Tensor unpack_bit_stream(const Tensor& stream_, int64_t count, int64_t bits) {
-    check_matrix(stream_, ScalarType::Byte, "a bit stream", "uint8");
-    check_bits(bits);
-    const Tensor stream = make_contiguous(stream_);
-    const int64_t rows = stream.size(0), bytes = stream.size(1);
-    STD_TORCH_CHECK(count >= 0 && bytes == (count * bits + 7) / 8, "autoq: ", count, " codes of ", bits, " bits take ",
-                    (count * bits + 7) / 8, " bytes, not ", bytes);
-    Tensor codes = torch::stable::new_empty(stream, {rows, count});
-    const auto* from = static_cast<const uint8_t*>(stream.data_ptr());
-    auto* to = static_cast<uint8_t*>(codes.data_ptr());
-    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) spread_row(from + row * bytes, count, bits, to + row * count);
-    });
-    return codes;
-}
-
-// ---- the packed layout ---------------------------------------------------------------------------------------------
+// ---- from bytes ---------------------------------------------------------------------------------------------------
 
 // The low `width` bits of eight bytes, side by side: fields are halved in number and doubled in width, three times.
 uint32_t gather_fields(uint64_t bytes, int width) {
@@ -124,6 +47,22 @@ uint64_t load_eight(const uint8_t* codes) {
     return bytes;
 }
 
+// The words of one row of a unit of 3 bits.
+struct ThreeBits {
+    uint32_t words[3] = {0, 0, 0};
+
+    // Codes 4 i .. 4 i + 3, the first in the lowest bits.
+    void put(int i, uint32_t four) {
+        const int half = i / 4, byte = i % 4 * 8;
+        words[half] |= ((four & 0x3f) | (four >> 3 & 0xc0)) << byte;
+        words[2] |= ((four >> 6 & 7) | (four >> 8 & 8)) << (byte + 4 * half);
+    }
+
+    void store(int32_t* lane) const {
+        for (int j = 0; j < 3; ++j) lane[j * kLanes] = static_cast<int32_t>(words[j]);
+    }
+};
+
 // The words of one row of a unit, from its 32 codes. `words` points at the row's lane.
 void pack_unit(const uint8_t* codes, int bits, int32_t* words) {
     if (bits == 8) {
@@ -132,15 +71,13 @@ void pack_unit(const uint8_t* codes, int bits, int32_t* words) {
         for (int j = 0; j < 4; ++j)
             words[j * kLanes] = static_cast<int32_t>(gather_fields(load_eight(codes + 8 * j), 4));
     } else if (bits == 3) {
-        uint32_t packed[3] = {0, 0, 0};
-        for (int i = 0; i < 8; ++i) {  // four codes at a time
-            const int half = i / 4, byte = i % 4 * 8;
+        ThreeBits unit;
+        for (int i = 0; i < 8; ++i) {
             uint32_t four;
             std::memcpy(&four, codes + 4 * i, 4);
-            packed[half] |= ((four & 7) | (four >> 5 & 0x38) | (four >> 18 & 0xc0)) << byte;
-            packed[2] |= ((four >> 16 & 7) | (four >> 23 & 8)) << (byte + 4 * half);
+            unit.put(i, (four & 7) | (four >> 5 & 0x38) | (four >> 10 & 0x1c0) | (four >> 15 & 0xe00));
         }
-        for (int j = 0; j < 3; ++j) words[j * kLanes] = static_cast<int32_t>(packed[j]);
+        unit.store(words);
     } else {
         for (int j = 0; j < 2; ++j) {
             const uint32_t first = gather_fields(load_eight(codes + 16 * j), 2);
@@ -156,12 +93,8 @@ void pack_codes(const Tensor& codes_, int64_t bits, const Tensor& packed) {
     check_bits(bits);
     const Tensor codes = make_contiguous(codes_);
     const int64_t outputs = codes.size(0), inputs = codes.size(1);
-    const int64_t row_blocks = (outputs + kLanes - 1) / kLanes, units = (inputs + kUnitColumns - 1) / kUnitColumns;
-    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Int && packed.is_contiguous() &&
-                        packed.dim() == 4 && packed.size(0) == row_blocks && packed.size(1) == units &&
-                        packed.size(2) == bits && packed.size(3) == kLanes,
-                    "autoq: packed codes must be contiguous int32 [", row_blocks, ", ", units, ", ", bits, ", ", kLanes,
-                    "] on the CPU");
+    check_packed(packed, outputs, inputs, bits);
+    const int64_t row_blocks = packed.size(0), units = packed.size(1);
     const auto* from = static_cast<const uint8_t*>(codes.data_ptr());
     auto* to = static_cast<int32_t*>(packed.data_ptr());
     torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
@@ -181,12 +114,142 @@ void pack_codes(const Tensor& codes_, int64_t bits, const Tensor& packed) {
     });
 }
 
+// ---- from AutoAWQ's words -------------------------------------------------------------------------------------------
+
+constexpr int64_t kPerWord = 8;       // outputs of a word; and as many inputs make a packed word
+constexpr int64_t kTileColumns = 16;  // word columns that are packed together: a cache line
+// Rows are far apart: they are asked for so many packed words ahead.
+constexpr int64_t kWordsAhead = 2;
+// The output that nibble i of a word belongs to.
+constexpr std::array<int, kPerWord> kNibbleOutput{0, 2, 4, 6, 1, 3, 5, 7};
+
+// Exchanges the fields of `one` that are `SHIFT` bits above the mask's with those of `other` under the mask.
+template <int SHIFT>
+void exchange(uint64_t& one, uint64_t& other, uint64_t mask) {
+    const uint64_t changed = ((one >> SHIFT) ^ other) & mask;
+    other ^= changed;
+    one ^= changed << SHIFT;
+}
+
+// Nibble i of word k becomes nibble k of word i, in either half of the words.
+void transpose_nibbles(std::array<uint64_t, kPerWord>& words) {
+    for (size_t k : {0, 2, 4, 6}) exchange<4>(words[k], words[k + 1], 0x0f0f0f0f0f0f0f0f);
+    for (size_t k : {0, 1, 4, 5}) exchange<8>(words[k], words[k + 2], 0x00ff00ff00ff00ff);
+    for (size_t k : {0, 1, 2, 3}) exchange<16>(words[k], words[k + 4], 0x0000ffff0000ffff);
+}
+
+// One packed word of a row block, from two columns (or one, the last) of `count` inputs, at most eight, in rows that
+// are `stride` words apart.
+void pack_words(const int32_t* from, int64_t stride, int64_t columns, int64_t count, int32_t* lanes) {
+    std::array<uint64_t, kPerWord> words{};
+    if (columns == 2 && count == kPerWord) {
+        for (int64_t k = 0; k < kPerWord; ++k) std::memcpy(&words[static_cast<size_t>(k)], from + k * stride, 8);
+    } else {
+        for (int64_t k = 0; k < count; ++k) {
+            std::memcpy(&words[static_cast<size_t>(k)], from + k * stride, static_cast<size_t>(columns) * 4);
+        }
+    }
+    transpose_nibbles(words);
+    for (size_t i = 0; i < words.size(); ++i) {
+        lanes[kNibbleOutput[i]] = static_cast<int32_t>(words[i]);
+        lanes[kPerWord + kNibbleOutput[i]] = static_cast<int32_t>(words[i] >> 32);
+    }
+}
+
+// int32 [inputs, outputs / 8] -> int32 [row blocks, units, 4, 16]
+void pack_gemm_codes(const Tensor& words_, const Tensor& packed) {
+    check_matrix(words_, ScalarType::Int, "GEMM words", "int32");
+    const Tensor words = make_contiguous(words_);
+    const int64_t inputs = words.size(0), columns = words.size(1);
+    check_packed(packed, columns * kPerWord, inputs, 4);
+    const int64_t packed_words = packed.size(1) * 4;  // of a row
+    const auto* from = static_cast<const int32_t*>(words.data_ptr());
+    auto* to = static_cast<int32_t*>(packed.data_ptr());
+    const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t first = tile * kTileColumns, last = std::min(first + kTileColumns, columns);
+            for (int64_t word = 0; word < packed_words; ++word) {
+                const int64_t input = word * kPerWord, count = std::clamp<int64_t>(inputs - input, 0, kPerWord);
+                const int32_t* rows = from + (count > 0 ? input : 0) * columns;
+                for (int64_t k = 0; k < kPerWord && input + kWordsAhead * kPerWord + k < inputs; ++k) {
+                    __builtin_prefetch(rows + (kWordsAhead * kPerWord + k) * columns + first);
+                }
+                for (int64_t column = first; column < last; column += 2) {
+                    pack_words(rows + column, columns, std::min<int64_t>(2, last - column), count,
+                               to + (column / 2 * packed_words + word) * kLanes);
+                }
+            }
+        }
+    });
+}
+
+// ---- from a bit stream --------------------------------------------------------------------------------------------
+
+// The words of one row of a unit, from the 4 * bits bytes of its codes. `words` points at the row's lane.
+void pack_unit_of_stream(const uint8_t* stream, int bits, int32_t* words) {
+    if (bits != 3) {  // in the same order
+        for (int j = 0; j < bits; ++j) std::memcpy(words + j * kLanes, stream + 4 * j, 4);
+        return;
+    }
+    ThreeBits unit;
+    for (int i = 0; i < 8; i += 2, stream += 3) {
+        uint32_t eight = 0;
+        std::memcpy(&eight, stream, 3);
+        unit.put(i, eight & 0xfff);
+        unit.put(i + 1, eight >> 12);
+    }
+    unit.store(words);
+}
+
+// The bytes that are left of a row whose last unit is not full, and zeros behind its last code.
+void take_rest(const uint8_t* stream, int64_t codes, int64_t bits, uint8_t* unit) {
+    const int64_t full = codes * bits / 8, over = codes * bits % 8;
+    std::memcpy(unit, stream, static_cast<size_t>(full));
+    if (over > 0) unit[full] = static_cast<uint8_t>(stream[full] & ((1 << over) - 1));
+}
+
+// uint8 [outputs, bytes], codes one after the other from the lowest bit -> int32 [row blocks, units, bits, 16]
+void pack_bit_stream(const Tensor& stream_, int64_t inputs, int64_t bits, const Tensor& packed) {
+    check_matrix(stream_, ScalarType::Byte, "a bit stream", "uint8");
+    check_bits(bits);
+    const Tensor stream = make_contiguous(stream_);
+    const int64_t outputs = stream.size(0), bytes = stream.size(1);
+    STD_TORCH_CHECK(inputs >= 0 && bytes == (inputs * bits + 7) / 8, "autoq: ", inputs, " codes of ", bits,
+                    " bits take ", (inputs * bits + 7) / 8, " bytes, not ", bytes);
+    check_packed(packed, outputs, inputs, bits);
+    const int64_t row_blocks = packed.size(0), units = packed.size(1), unit_bytes = 4 * bits;
+    const auto* from = static_cast<const uint8_t*>(stream.data_ptr());
+    auto* to = static_cast<int32_t*>(packed.data_ptr());
+    torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            for (int64_t unit = 0; unit < units; ++unit) {
+                int32_t* words = to + (block * units + unit) * bits * kLanes;
+                const int64_t codes = std::min<int64_t>(kUnitColumns, inputs - unit * kUnitColumns);
+                for (int64_t lane = 0; lane < kLanes; ++lane) {
+                    const int64_t row = block * kLanes + lane;
+                    uint8_t rest[4 * 8] = {0};
+                    const uint8_t* source = rest;
+                    if (row < outputs) {
+                        source = from + row * bytes + unit * unit_bytes;
+                        if (codes < kUnitColumns) {
+                            take_rest(source, codes, bits, rest);
+                            source = rest;
+                        }
+                    }
+                    pack_unit_of_stream(source, static_cast<int>(bits), words + lane);
+                }
+            }
+        }
+    });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) {
-    m.impl("unpack_gemm_codes", TORCH_BOX(&unpack_gemm_codes));
-    m.impl("unpack_bit_stream", TORCH_BOX(&unpack_bit_stream));
     m.impl("pack_codes", TORCH_BOX(&pack_codes));
+    m.impl("pack_gemm_codes", TORCH_BOX(&pack_gemm_codes));
+    m.impl("pack_bit_stream", TORCH_BOX(&pack_bit_stream));
 }
 
 }  // namespace autoq

@@ -766,6 +766,20 @@ def test_merged_projections_share_their_codes() -> None:
     assert names == set(fused.state_dict())
 
 
+@pytest.mark.parametrize("settings", [{}, {"bits": 3}])
+def test_a_loaded_model_is_merged_where_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    quantized(FAMILIES[0], **settings).save_quantized(tmp_path)
+    model = AutoQForCausalLM.from_quantized(tmp_path, fuse_layers=False).model
+
+    def places() -> list[int]:
+        linears = (module for module in model.modules() if isinstance(module, QuantLinear))
+        return [tensor.data_ptr() for linear in linears for tensor in linear.packed()]
+
+    before = places()
+    assert fuse_blocks(model) == 2
+    assert places() == before
+
+
 def test_conversion_and_copies_stay_right(calls: list[int]) -> None:
     unfused, fused = pair(FAMILIES[0])
     inputs = prompt(1, 7)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoq import loading, ops
+from autoq import ops
 from autoq.errors import ConfigError
 from autoq.formats import LinearSpec, all_formats, dense, gemm, get_format
+from autoq.ops import PackedWeight
 from autoq.quantization.weight import QuantizedWeight, quantize
 
 CASES = [
@@ -47,11 +48,16 @@ def test_round_trip(name: str, bits: int, group_size: int, shape: tuple[int, int
         leaf: tuple(wanted) for leaf, wanted in layout.tensors(spec).items()
     }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    result = layout.unpack(tensors, spec)
+    found = PackedWeight.empty(*shape, spec.groups, bits)
+    for tensor in found:
+        tensor.fill_(77)
+    layout.load(tensors, spec, found)
+    for ours, expected in zip(found, ops.pack(weight), strict=True):
+        assert torch.equal(ours, expected)
+    result = ops.unpack(found, bits, *shape, symmetric=not zero_point)
     assert _same(result.codes, weight.codes)
     assert _same(result.scales, weight.scales)
     assert _same(result.zeros, weight.zeros)
-    assert result.bits == bits
 
 
 def test_gemm_puts_column_c_in_its_nibble() -> None:
@@ -83,9 +89,10 @@ def test_gemm_writes_symmetric_zeros_out_and_reads_other_zeros_as_they_are() -> 
     tensors = layout.pack(weight)
     assert (tensors["qzeros"] == -0x77777778).all()  # 0x88888888
     tensors["qzeros"][0, 0] = 0
-    zeros = layout.unpack(tensors, spec).zeros
-    assert zeros is not None
-    assert (zeros[:, 0] == 0).all()
+    found = PackedWeight.empty(8, 32, 2, 4)
+    layout.load(tensors, spec, found)
+    assert (found.zeros[0, 0, :8] == 0).all()
+    assert (found.zeros[0, 1, :8] == 8).all()
 
 
 def test_unknown_format() -> None:
@@ -93,51 +100,65 @@ def test_unknown_format() -> None:
         get_format("marlin")
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 32), (37, 88), (70, 200), (128, 1032)])
+def _room(rows: int, columns: int, bits: int) -> Tensor:
+    """Codes of a packed weight, with a row block too many at either end."""
+    return torch.full((-(-rows // 16) + 2, -(-columns // 32), bits, 16), 77, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 32), (37, 88), (70, 203), (128, 1032), (600, 96)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_native_conversions_equal_their_reference(rows: int, columns: int, bits: int) -> None:
-    torch.manual_seed(0)
-    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8)
-    expected = ops._pack_codes(codes, bits)
-    room = torch.full((expected.shape[0] + 2, *expected.shape[1:]), 77, dtype=torch.int32)
-    torch.ops.autoq.pack_codes(codes, bits, room[1:-1])
-    assert torch.equal(room[1:-1], expected)
-    assert bool((room[0] == 77).all() and (room[-1] == 77).all())
-    stream = dense._to_bit_stream(codes[:, : columns - 3], bits)
-    assert torch.equal(torch.ops.autoq.unpack_bit_stream(stream, columns - 3, bits), codes[:, : columns - 3])
-    words = torch.randint(-(2**31), 2**31, (rows, columns), dtype=torch.int64).to(torch.int32)
-    assert torch.equal(torch.ops.autoq.unpack_gemm_codes(words), gemm._unpack_columns(words).T)
-    for some in (words[:, 2:5], words.T.contiguous().T):
-        assert torch.equal(torch.ops.autoq.unpack_gemm_codes(some), gemm._unpack_columns(some).T)
+def test_codes_are_packed_as_the_reference_does(rows: int, columns: int, bits: int) -> None:
+    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
+    expected = _room(rows, columns, bits)
+    ops.reference_pack_codes(codes, bits, expected[1:-1])
+    found = _room(rows, columns, bits)
+    torch.ops.autoq.pack_codes(codes, bits, found[1:-1])
+    assert torch.equal(found, expected)
+    stream = dense._to_bit_stream(codes, bits)
+    stream[:, -1] |= 0xFF << (8 - -columns * bits % 8) & 0xFF  # what is behind the last code means nothing
+    for pack in (torch.ops.autoq.pack_bit_stream, dense._pack_stream):
+        found = _room(rows, columns, bits)
+        pack(stream, columns, bits, found[1:-1])
+        assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("gemm", 4), ("dense", 3), ("dense", 4), ("dense", 8)])
-@pytest.mark.parametrize("zero_point", [True, False])
-@pytest.mark.parametrize("outputs", [8, 128, 304])
-def test_some_outputs_at_a_time_are_all_of_them(
-    outputs: int, zero_point: bool, name: str, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "_CODES_OF_A_THREAD", 1)
-    weight, spec = _case(bits, 32, (outputs, 96), zero_point)
-    layout = get_format(name)
-    tensors = layout.pack(weight)
-    found = loading._pack_stored(tensors, spec, layout)
-    for ours, expected in zip(found, ops.pack(layout.unpack(tensors, spec)), strict=True):
-        assert torch.equal(ours, expected)
+@pytest.mark.parametrize("inputs", [1, 8, 37, 96, 200])
+@pytest.mark.parametrize("columns", [1, 2, 3, 16, 21, 40])
+def test_gemm_words_are_packed_as_the_reference_does(inputs: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    codes = torch.randint(16, (8 * columns, inputs), dtype=torch.uint8, generator=generator)
+    expected = _room(*codes.shape, 4)
+    ops.reference_pack_codes(codes, 4, expected[1:-1])
+    words = gemm._pack_columns(codes.T)
+    for pack in (torch.ops.autoq.pack_gemm_codes, gemm._pack_words):
+        for same in (words, words.T.contiguous().T):
+            found = _room(*codes.shape, 4)
+            pack(same, found[1:-1])
+            assert torch.equal(found, expected)
 
 
 def test_conversions_refuse_what_they_cannot_read() -> None:
-    with pytest.raises(RuntimeError):
-        torch.ops.autoq.unpack_bit_stream(torch.zeros(2, 5, dtype=torch.uint8), 16, 3)
-    if ops.extension_missing() is None:
-        room = torch.zeros(1, 1, 4, 16, dtype=torch.int32)
-        for arguments in ((torch.zeros(2, 2), 4), (torch.zeros(2, dtype=torch.uint8), 4)):
-            with pytest.raises(RuntimeError, match="codes must be uint8 of two dimensions"):
-                torch.ops.autoq.pack_codes(*arguments, room)
-        with pytest.raises(RuntimeError, match="bits is 5"):
-            torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 5, room)
+    if ops.extension_missing() is not None:
+        pytest.skip("the references are only called with what a checkpoint was checked to hold")
+    room = torch.zeros(1, 1, 4, 16, dtype=torch.int32)
+    codes = torch.zeros(2, 8, dtype=torch.uint8)
+    calls = {
+        "pack_codes": (codes, 4),
+        "pack_bit_stream": (codes, 16, 4),
+        "pack_gemm_codes": (torch.zeros(8, 2, dtype=torch.int32),),
+    }
+    names = {"pack_codes": "codes", "pack_bit_stream": "a bit stream", "pack_gemm_codes": "GEMM words"}
+    for name, (first, *others) in calls.items():
+        pack = getattr(torch.ops.autoq, name)
+        pack(first, *others, room)
+        for wrong in (first.float(), first[0]):
+            with pytest.raises(RuntimeError, match=f"{names[name]} must be u?int[0-9]* of two dimensions"):
+                pack(wrong, *others, room)
         for wrong in (room[:, :, :3], room.long(), room.transpose(2, 3), torch.cat((room, room))):
             with pytest.raises(RuntimeError, match=r"packed codes must be contiguous int32 \[1, 1, 4, 16\]"):
-                torch.ops.autoq.pack_codes(torch.zeros(2, 8, dtype=torch.uint8), 4, wrong)
-        with pytest.raises(RuntimeError, match="GEMM words must be int32"):
-            torch.ops.autoq.unpack_gemm_codes(torch.zeros(2, 8))
+                pack(first, *others, wrong)
+    for name in ("pack_codes", "pack_bit_stream"):
+        with pytest.raises(RuntimeError, match="bits is 5"):
+            getattr(torch.ops.autoq, name)(*calls[name][:-1], 5, room)
+    with pytest.raises(RuntimeError, match="16 codes of 3 bits take 6 bytes, not 8"):
+        torch.ops.autoq.pack_bit_stream(codes, 16, 3, room)

@@ -1,4 +1,4 @@
-"""What an on-disk format is: pure functions between quantized weights and named tensors."""
+"""What an on-disk format is: named tensors made of a quantized weight, and a packed weight made of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from autoq.ops import PackedWeight
 from autoq.quantization.weight import QuantizedWeight
 
 
@@ -42,7 +43,7 @@ class TensorSpec(NamedTuple):
 class Format(Protocol):
     """One on-disk layout of a quantized weight, without its bias.
 
-    `unpack(pack(weight), spec)` is the weight, bit for bit.
+    What `load` makes of `pack(weight)` is `autoq.ops.pack(weight)`, bit for bit.
     """
 
     @property
@@ -58,8 +59,5 @@ class Format(Protocol):
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of a weight, by the last part of their name."""
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
-        """The weight held by tensors that match `tensors(spec)`."""
-
-    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-        """Views of the tensors of a weight: those of its outputs [first, last), both multiples of 16, or the end."""
+    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+        """Puts the weight that tensors matching `tensors(spec)` hold into the layout of the operators."""

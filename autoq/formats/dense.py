@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autoq.formats.base import LinearSpec, TensorSpec
+from autoq.ops import PackedWeight, define_packing, pack_parameters, reference_pack_codes
 from autoq.quantization.weight import QuantizedWeight
 
 # Eight codes fill a whole number of bytes, whatever their width.
@@ -48,14 +49,11 @@ def _from_bit_stream(stream: Tensor, count: int, bits: int) -> Tensor:
     return codes.to(torch.uint8).reshape(rows, -1)[:, :count].contiguous()
 
 
-_library = torch.library.Library("autoq", "FRAGMENT")
-_library.define("unpack_bit_stream(Tensor stream, int count, int bits) -> Tensor")
-_library.impl("unpack_bit_stream", _from_bit_stream, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "autoq::unpack_bit_stream",
-    lambda stream, count, bits: stream.new_empty(stream.shape[0], count),
-    lib=_library,
-)
+def _pack_stream(stream: Tensor, in_features: int, bits: int, packed: Tensor) -> None:
+    reference_pack_codes(_from_bit_stream(stream, in_features, bits), bits, packed)
+
+
+define_packing("pack_bit_stream(Tensor stream, int in_features, int bits, Tensor(a!) packed) -> ()", _pack_stream)
 
 
 @dataclass(frozen=True)
@@ -83,18 +81,14 @@ class Dense:
             tensors["qzeros"] = _to_bit_stream(weight.zeros, weight.bits)
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
-        return QuantizedWeight(
-            codes=torch.ops.autoq.unpack_bit_stream(tensors["qweight"], spec.in_features, spec.bits),
-            scales=tensors["scales"].contiguous(),
-            zeros=torch.ops.autoq.unpack_bit_stream(tensors["qzeros"], spec.groups, spec.bits)
-            if spec.zero_point
-            else None,
-            bits=spec.bits,
-        )
-
-    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-        return {leaf: tensor[first:last] for leaf, tensor in tensors.items()}
+    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+        torch.ops.autoq.pack_bit_stream(tensors["qweight"], spec.in_features, spec.bits, into.codes)
+        into.scales.copy_(pack_parameters(tensors["scales"]))
+        if spec.zero_point:
+            zeros = _from_bit_stream(tensors["qzeros"], spec.groups, spec.bits)
+        else:
+            zeros = torch.full((spec.out_features, spec.groups), 2 ** (spec.bits - 1), dtype=torch.uint8)
+        into.zeros.copy_(pack_parameters(zeros))
 
 
 FORMAT = Dense()

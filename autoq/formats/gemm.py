@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoq.formats.base import LinearSpec, TensorSpec
+from autoq.ops import PackedWeight, define_packing, pack_parameters, reference_pack_codes
 from autoq.quantization.weight import QuantizedWeight
 
 _PER_WORD = 8
@@ -38,14 +39,11 @@ def _unpack_columns(words: Tensor) -> Tensor:
     return values.reshape(words.shape[0], -1)
 
 
-_library = torch.library.Library("autoq", "FRAGMENT")
-_library.define("unpack_gemm_codes(Tensor words) -> Tensor")
-_library.impl("unpack_gemm_codes", lambda words: _unpack_columns(words).T.contiguous(), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "autoq::unpack_gemm_codes",
-    lambda words: words.new_empty(_PER_WORD * words.shape[1], words.shape[0], dtype=torch.uint8),
-    lib=_library,
-)
+def _pack_words(words: Tensor, packed: Tensor) -> None:
+    reference_pack_codes(_unpack_columns(words).T, 4, packed)
+
+
+define_packing("pack_gemm_codes(Tensor words, Tensor(a!) packed) -> ()", _pack_words)
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,10 @@ class Gemm:
             "scales": weight.scales.T.to(torch.float16).contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
-        zeros: Tensor | None = _unpack_columns(tensors["qzeros"]).T.contiguous()
-        if not spec.zero_point and bool((zeros == 2 ** (spec.bits - 1)).all()):
-            zeros = None
-        return QuantizedWeight(
-            codes=torch.ops.autoq.unpack_gemm_codes(tensors["qweight"]),
-            scales=tensors["scales"].T.contiguous(),
-            zeros=zeros,
-            bits=spec.bits,
-        )
-
-    def outputs(self, tensors: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-        words = slice(first // _PER_WORD, last // _PER_WORD)
-        columns = {"qweight": words, "qzeros": words, "scales": slice(first, last)}
-        return {leaf: tensor[:, columns[leaf]] for leaf, tensor in tensors.items()}
+    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+        torch.ops.autoq.pack_gemm_codes(tensors["qweight"], into.codes)
+        into.scales.copy_(pack_parameters(tensors["scales"].T))
+        into.zeros.copy_(pack_parameters(_unpack_columns(tensors["qzeros"]).T))
 
 
 FORMAT = Gemm()

@@ -9,8 +9,9 @@ goes through the block's own forward, with the same result. What is around the b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -98,6 +99,21 @@ def unfuse_blocks(model: PreTrainedModel) -> None:
     head: Any = model.get_output_embeddings()
     if type(head) is DenseLinear:
         head.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def linears_read_together(model: PreTrainedModel) -> list[list[str]]:
+    """The names of the quantized linears that fused blocks read as one weight, in its order."""
+    if model.config.model_type not in known_model_types():
+        return []
+    architecture = architecture_of(model.config)
+    description = architecture.block(model.config)
+    modules = dict(model.named_modules())
+    together = [
+        [f"{architecture.blocks}.{index}.{leaf}" for leaf in leaves]
+        for index in range(len(architecture.decoder_blocks(model)))
+        for leaves in (description.qkv, description.up)
+    ]
+    return [names for names in together if _can_be_merged([modules.get(name) for name in names])]
 
 
 class _Parts:
@@ -242,6 +258,8 @@ def _vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor]:
 
 
 def _can_be_merged(linears: list[Any]) -> bool:
+    if not all(isinstance(linear, QuantLinear) for linear in linears):
+        return False
     specs = [linear.spec for linear in linears]
     same = len({(spec.in_features, spec.bits, spec.group_size) for spec in specs}) == 1
     return same and all(spec.out_features % LANES == 0 for spec in specs[:-1])
@@ -256,18 +274,29 @@ def _merge(linears: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = next((bias for bias in biases if bias is not None), None)
     if len(linears) == 1:
         return (*linears[0].packed(), _NOTHING if like is None else like)
-    merged = PackedWeight(*(torch.cat(parts) for parts in zip(*(linear.packed() for linear in linears), strict=True)))
-    first = 0
-    for linear in linears:
-        last = first + linear.codes.shape[0]
-        for name, tensor in zip(PackedWeight._fields, merged, strict=True):
-            setattr(linear, name, tensor[first:last])
-        first = last
+    tensors = [linear.packed() for linear in linears]
+    merged = PackedWeight(*(_joined(parts) for parts in zip(*tensors, strict=True)))
+    starts = accumulate((linear.codes.shape[0] for linear in linears), initial=0)
+    for linear, ends in zip(linears, pairwise(starts), strict=True):
+        linear.codes, linear.scales, linear.zeros = merged.row_blocks(*ends)
     if like is None:
         return (*merged, _NOTHING)
     sizes = [linear.out_features for linear in linears]
     parts = [like.new_zeros(size) if bias is None else bias for size, bias in zip(sizes, biases, strict=True)]
     return (*merged, torch.cat(parts))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors behind each other: as a view, where they lie so in memory, as those of a model that was loaded do; else
+    as a copy."""
+    first = parts[0]
+    memory = first.untyped_storage().data_ptr()
+    place = first.data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != place or part.untyped_storage().data_ptr() != memory:
+            return torch.cat(list(parts))
+        place += part.numel() * part.element_size()
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
 class _OncePerPass:
