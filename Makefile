@@ -19,6 +19,7 @@ install: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch ninja pybind11 setuptools
+	@echo 'building the native extension: some two minutes, with a CUDA toolkit ten'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'from autoq import ops; print("native extension:", ops.extension_missing() or "built")'
 	touch $@

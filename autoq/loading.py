@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from autoq.architectures import architecture_of, known_model_types
-from autoq.checkpoint import CONFIG, CheckpointReader, read_json
+from autoq.checkpoint import CONFIG, CheckpointReader, lacks_tensor, read_json
 from autoq.config import EMBEDDINGS, LM_HEAD, QuantConfig
 from autoq.errors import CheckpointError, ConfigError, first_line
 from autoq.formats import Format, LinearSpec, TensorSpec, get_format
@@ -241,9 +241,13 @@ def _insert_quantized_modules(
     found: dict[str, _Stored] = {}
     embeddings = model.get_input_embeddings()
     for name, module in list(model.named_modules()):
-        if f"{name}.qweight" not in reader.specs or not isinstance(module, (nn.Linear, nn.Embedding)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         if isinstance(module, nn.Embedding) and module is not embeddings:
+            continue
+        if f"{name}.qweight" not in reader.specs:
+            if f"{name}.scales" in reader.specs:
+                raise lacks_tensor(directory, f"{name}.qweight")
             continue
         key, columns = EMBEDDINGS if module is embeddings else name, module.weight.shape[1]
         size = config.group_size_for(key, columns)
@@ -318,8 +322,8 @@ def _check_tensors(
     unknown = sorted(name for name in reader.specs if name not in known and not _COMPUTED.fullmatch(name))
     if unknown:
         raise CheckpointError(
-            f"{reader.directory} holds the tensor {unknown[0]}, and {len(unknown) - 1} more, which the model that its "
-            "config describes does not have; config.json and the tensors do not belong together"
+            f"{reader.directory} holds {len(unknown)} tensor{'s' if unknown[1:] else ''} that the model its config "
+            f"describes does not have, {unknown[0]} first; config.json and the tensors do not belong together"
         )
     for name, source in tied.items():
         if name in reader.specs and not torch.equal(reader.read(name), reader.read(source)):

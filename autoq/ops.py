@@ -166,6 +166,12 @@ def _check_linear(
         raise OperatorError("input has no dimension but its last one must be the input features; reshape it")
     if input.dtype not in SUPPORTED_DTYPES:
         raise OperatorError(f"input is {input.dtype} but must be one of {SUPPORTED_DTYPES}; convert it")
+    units = packed.codes.shape[1] if packed.codes.ndim == 4 else 0
+    if units and -(-input.shape[-1] // UNIT) != units:
+        raise OperatorError(
+            f"input has the shape {list(input.shape)} but the weight, packed in {units} units of {UNIT} columns, takes "
+            f"{(units - 1) * UNIT + 1} to {units * UNIT} input features, in the last dimension"
+        )
     _check_packed(packed, bits, out_features, input.shape[-1])
     if input.device != packed.codes.device:
         raise OperatorError(f"input is on {input.device} but the weight on {packed.codes.device}; move one of them")

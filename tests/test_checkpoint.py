@@ -252,7 +252,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown tensor": (
         lambda d: _edit_tensors(d, lambda t: t.__setitem__("model.layers.0.mlp.act_fn.scales", torch.ones(96))),
-        "act_fn.scales.*does not have",
+        "holds 1 tensor that .* does not have, .*act_fn.scales",
     ),
     "negative size": (lambda d: _config(d, hidden_size=-4), "config"),
     "other width": (lambda d: _config(d, intermediate_size=128), "asks for"),
@@ -265,7 +265,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index mistyped": (lambda d: _place(d, 3), "same directory"),
     "index empty": (lambda d: _index(d, lambda i: i.update(weight_map={})), "no weight_map"),
     "index names absent": (lambda d: _place(d, None), "lacks the tensor x"),
-    "renamed codes": (lambda d: _rename_in(d, f"{Q}.qweight", f"{Q}.weights"), "has no tensor .*q_proj"),
+    "renamed codes": (lambda d: _rename_in(d, f"{Q}.qweight", f"{Q}.weights"), "has no tensor .*q_proj.qweight"),
     "renamed norm": (lambda d: _rename_in(d, "model.norm.weight", "model.norm.scale"), "no tensor model.norm.weight"),
     "missing zeros": (lambda d: _edit_tensors(d, lambda t: t.pop(f"{Q}.qzeros")), "has no tensor .*q_proj.qzeros"),
     "codes of other dtype": (lambda d: _replace_in(d, f"{Q}.qweight", lambda t: t.long()), "asks for torch.int32"),

@@ -290,12 +290,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Tensors behind each other: as a view, where they lie so in memory, as those of a model that was loaded do; else
     as a copy."""
     first = parts[0]
-    memory = first.untyped_storage().data_ptr()
-    place = first.data_ptr()
+    place = first.storage_offset()
     for part in parts:
-        if not part.is_contiguous() or part.data_ptr() != place or part.untyped_storage().data_ptr() != memory:
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same or part.storage_offset() != place or not part.is_contiguous():
             return torch.cat(list(parts))
-        place += part.numel() * part.element_size()
+        place += part.numel()
     return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
