@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import subprocess
 import sys
 import time
@@ -48,6 +50,29 @@ def test_unpack_is_the_inverse_of_pack(out_features: int, in_features: int, grou
     assert again.zeros is not None
     assert torch.equal(again.zeros, weight.zeros)
     assert again.bits == bits
+
+
+@pytest.mark.parametrize("out_features", [2048, 2176, 3968])  # one large page of codes, and parts of others
+def test_weights_in_large_pages_are_tensors_like_others(out_features: int) -> None:
+    weight = make_weight(out_features, 2048, 4, 128)
+    packed = ops.pack(weight)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(packed)))
+    found = ops.unpack(again, 4, out_features, 2048, symmetric=False)
+    assert torch.equal(found.codes, weight.codes)
+    x = make_input(3, 2048)
+    small = PackedWeight(*(tensor.clone() for tensor in packed))
+    assert torch.equal(*(ops.linear(x, each, None, 4, out_features) for each in (again, small)))
+
+
+def test_weights_are_joined_where_they_are_or_copied() -> None:
+    packed = ops.pack(make_weight(2048, 2048, 4, 128))
+    first, last = packed.row_blocks(0, 64), packed.row_blocks(64, 128)
+    elsewhere = PackedWeight(*(tensor.clone() for tensor in last))
+    for parts, copied in (([first, last], False), ([first, elsewhere], True), ([last, first], True)):
+        joined = PackedWeight.joined(parts)
+        for found, wanted, *pair in zip(joined, packed, *parts, strict=True):
+            assert (found.data_ptr() != wanted.data_ptr()) == copied
+            assert torch.equal(found, torch.cat(pair))
 
 
 @pytest.mark.parametrize("bits", BITS)

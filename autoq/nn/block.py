@@ -9,7 +9,7 @@ goes through the block's own forward, with the same result. What is around the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -274,8 +274,7 @@ def _merge(linears: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = next((bias for bias in biases if bias is not None), None)
     if len(linears) == 1:
         return (*linears[0].packed(), _NOTHING if like is None else like)
-    tensors = [linear.packed() for linear in linears]
-    merged = PackedWeight(*(_joined(parts) for parts in zip(*tensors, strict=True)))
+    merged = PackedWeight.joined([linear.packed() for linear in linears])
     starts = accumulate((linear.codes.shape[0] for linear in linears), initial=0)
     for linear, ends in zip(linears, pairwise(starts), strict=True):
         linear.codes, linear.scales, linear.zeros = merged.row_blocks(*ends)
@@ -284,19 +283,6 @@ def _merge(linears: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = [linear.out_features for linear in linears]
     parts = [like.new_zeros(size) if bias is None else bias for size, bias in zip(sizes, biases, strict=True)]
     return (*merged, torch.cat(parts))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors behind each other: as a view, where they lie so in memory, as those of a model that was loaded do; else
-    as a copy."""
-    first = parts[0]
-    place = first.storage_offset()
-    for part in parts:
-        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
-        if not same or part.storage_offset() != place or not part.is_contiguous():
-            return torch.cat(list(parts))
-        place += part.numel()
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
 class _OncePerPass:

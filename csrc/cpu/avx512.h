@@ -1,6 +1,7 @@
 // What the kernels for AVX-512 and those for processors with matrix units have in common.
 #pragma once
 
+#include "ahead.h"
 #include "intrinsics.h"
 #include "kernels.h"
 #include "outliers.h"
@@ -115,15 +116,12 @@ AUTOQ_AVX512_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512
     }
 }
 
-// Codes are asked for this far ahead of their use, farther than the hardware prefetchers look and across pages, at
-// which they stop: without it, one core read 7 GB/s where it now reads 12. Into the second level, which can wait for
-// more lines at a time than the first.
-constexpr int64_t kPrefetchBytes = 8192;
-
+// Into the second level, which can wait for more lines at a time than the first.
 template <int BITS>
 AUTOQ_AVX512_INLINE void prefetch_half(const uint32_t* codes, int64_t half) {
     constexpr int kHalfBytes = 2 * BITS * kLanes;
-    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + kPrefetchBytes;
+    if (weights_ahead == 0) return;
+    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + weights_ahead;
     for (int line = 0; line < (kHalfBytes + 63) / 64; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
 }
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "ahead.h"
 #include "block.h"
 #include "dispatch.h"
 #include "targets.h"

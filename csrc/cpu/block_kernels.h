@@ -269,8 +269,10 @@ AUTOQ_VECTOR void multiply_dense_few(const DenseProduct& product, const float* i
     };
     int64_t column = 0;
     for (; column + 32 <= product.columns; column += 32) {
-        const char* ahead = weights + column * kItemBytes + kAheadBytes;
-        for (int64_t line = 0; line < 32 * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        if (weights_ahead > 0) {
+            const char* ahead = weights + column * kItemBytes + weights_ahead;
+            for (int64_t line = 0; line < 32 * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        }
         add(column, 16);
         add(column + 16, 16);
     }

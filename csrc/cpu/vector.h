@@ -350,9 +350,6 @@ AUTOQ_VECTOR Lanes exponential(Lanes x) {
 #endif
 }
 
-// What is read once, as a stream, is asked for so far ahead: before the hardware does, and across pages.
-constexpr int64_t kAheadBytes = 8192;
-
 // Values are read and written in steps of a register; the last step of a row may be a part of one.
 template <class Step>
 AUTOQ_VECTOR void for_each_step(int64_t columns, Step&& step) {
