@@ -190,6 +190,7 @@ class AutoQForCausalLM(nn.Module):
             torch_dtype=torch_dtype,
             max_memory=max_memory,
             offload_folder=offload_folder,
+            fuse=fuse_layers,
         )
         for module in model.modules():
             if isinstance(module, QuantLinear):

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
 from autoq.nn.block import linears_read_together
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import DiskWeights, connect, fetch_from_disk
-from autoq.ops import LANES, PackedWeight
+from autoq.ops import PackedWeight
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.
@@ -100,8 +100,12 @@ def load_quantized(
     torch_dtype: torch.dtype | str,
     max_memory: Mapping[int | str, int | str] | None,
     offload_folder: str | Path | None,
+    fuse: bool,
 ) -> tuple[PreTrainedModel, QuantConfig]:
-    """Builds the model a checkpoint describes, with its weights packed and placed."""
+    """Builds the model a checkpoint describes, with its weights packed and placed.
+
+    fuse: its blocks will be, and the linears that they read together are to lie behind each other.
+    """
     settings = read_json(directory / CONFIG)
     quant_config = _quant_config(directory, settings)
     config = _model_config(directory, settings)
@@ -114,10 +118,14 @@ def load_quantized(
         model.tie_weights()
         placement = place(model, device_map, max_memory)
         loader = _Loader(model, placement, offload_folder)
-        for name, tensor in _tensors(model, reader, quantized, tied):
+        devices = placement.by_tensor()
+        together = linears_read_together(model) if fuse else []
+        # On other devices they are copied once more.
+        together = [names for names in together if all(devices[f"{name}.codes"] == "cpu" for name in names)]
+        for name, tensor in _tensors(model, reader, quantized, tied, together):
             loader.put(name, tensor)
         for name, source in tied.items():
-            if placement.by_tensor()[name] == "disk":
+            if devices[name] == "disk":
                 # Only tensors in memory can be one; where they are fetched, each needs its own.
                 loader.put(name, reader.read(source).to(model.dtype))
         loader.finish()
@@ -338,10 +346,11 @@ def _tensors(
     reader: CheckpointReader,
     quantized: Mapping[str, _Stored],
     tied: Mapping[str, str],
+    together: Sequence[Sequence[str]],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model, read and packed one linear at a time."""
+    """Every tensor of the model, read and packed one linear at a time; those of `together` lie behind each other."""
     linears = dict.fromkeys(quantized.values())
-    together, rooms = linears_read_together(model), dict[str, PackedWeight]()
+    rooms: dict[str, PackedWeight] = {}
     upcoming = iter([f"{name}.{leaf}" for leaf in layout.tensors(spec)] for spec, layout, name in linears)
     for names in islice(upcoming, _READ_AHEAD):
         reader.read_ahead(names)
@@ -352,11 +361,11 @@ def _tensors(
             raise CheckpointError(f"{reader.directory}: {name}.scales holds NaN or infinity; the checkpoint is damaged")
         if name not in rooms:
             rooms |= _room(name, quantized, together)
-        packed = rooms.pop(name)
-        layout.load(tensors, spec, packed)
-        for leaf, buffer in packed._asdict().items():
+        layout.repack(tensors, spec, rooms[name])
+        for leaf, buffer in rooms.pop(name)._asdict().items():
             for user in (user for user, stored in quantized.items() if stored.name == name):
                 yield f"{user}.{leaf}", buffer
+        del buffer  # where it went to another device, its memory is for the next
     plain = {name: tensor for name, tensor in _plain_tensors(model, quantized) if name not in tied}
     reader.read_ahead(plain)
     for name, tensor in plain.items():
@@ -367,12 +376,9 @@ def _room(name: str, quantized: Mapping[str, _Stored], together: Sequence[Sequen
     """Memory for a quantized linear, and for those that are read together with it, which lie behind each other."""
     names = next((names for names in together if name in names), [name])
     specs = [quantized[each].spec for each in names]
-    outputs = sum(spec.out_features for spec in specs)
-    whole = PackedWeight.empty(outputs, specs[0].in_features, specs[0].groups, specs[0].bits)
-    ends = accumulate(-(-spec.out_features // LANES) for spec in specs)
-    return {
-        each: whole.row_blocks(first, last) for each, (first, last) in zip(names, pairwise([0, *ends]), strict=True)
-    }
+    outputs = [spec.out_features for spec in specs]
+    whole = PackedWeight.empty(sum(outputs), specs[0].in_features, specs[0].groups, specs[0].bits)
+    return dict(zip(names, whole.split(outputs), strict=True))
 
 
 def _share_weights(model: PreTrainedModel, quantized: Mapping[str, _Stored]) -> None:

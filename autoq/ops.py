@@ -40,22 +40,26 @@ _FEW_DENSE_ROWS = 4
 
 _LARGE_PAGE = 2**21
 
-# The reference dequantizes this many weights at a time, so that it needs no dense copy of a large layer.
+# The references dequantize this many weights at a time, so that they need no dense copy of a large layer, and convert
+# this many codes.
 _REFERENCE_PANEL = 2**25
+_REFERENCE_CODES = 2**22
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """`torch.empty`, but much of the CPU's memory is in large pages where the system has them: reading it then takes
     fewer looks at page tables."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages, rest = divmod(size, _LARGE_PAGE)
-    room = (pages + bool(rest)) * _LARGE_PAGE  # only memory of whole large pages begins where one does
-    memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system that was built without
-        memory.madvise(mmap.MADV_HUGEPAGE, 0, room if room - size < size // 8 else pages * _LARGE_PAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if torch.device(device).type == "cpu" and size >= _LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages, rest = divmod(size, _LARGE_PAGE)
+        pages += rest > max(0, _LARGE_PAGE - size // 8)  # one that is not full, where that wastes little
+        with contextlib.suppress(OSError):  # a system that was built without, or has no room
+            memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
+            memory.madvise(mmap.MADV_HUGEPAGE, start, pages * _LARGE_PAGE)
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -94,7 +98,7 @@ class PackedWeight(NamedTuple):
     def empty(
         cls, out_features: int, in_features: int, groups: int, bits: int, device: torch.device | str = "cpu"
     ) -> PackedWeight:
-        """Memory for a weight of this shape, to be filled by the `load` of a format."""
+        """Memory for a weight of this shape."""
         row_blocks, units = -(-out_features // LANES), -(-in_features // UNIT)
         return cls(
             _empty((row_blocks, units, bits, LANES), torch.int32, device),
@@ -108,9 +112,15 @@ class PackedWeight(NamedTuple):
         copied where they lie in memory like that."""
         return cls(*(_joined(parts) for parts in zip(*weights, strict=True)))
 
-    def row_blocks(self, first: int, last: int) -> PackedWeight:
-        """Views of the blocks [first, last) of 16 outputs."""
-        return PackedWeight(*(tensor[first:last] for tensor in self))
+    def split(self, outputs: Sequence[int]) -> list[PackedWeight]:
+        """Views of so many outputs each, one after the other; each but the last has a multiple of 16."""
+        blocks = [-(-count // LANES) for count in outputs]
+        return [PackedWeight(*parts) for parts in zip(*(tensor.split(blocks) for tensor in self), strict=True)]
+
+    def put_parameters(self, scales: Tensor, zeros: Tensor) -> None:
+        """Fills scales and zeros from `[out, groups]`, of any strides."""
+        self.scales.copy_(_pack_parameters(scales))
+        self.zeros.copy_(_pack_parameters(zeros))
 
 
 # ---- the extension ---------------------------------------------------------------------------------------------------
@@ -296,7 +306,7 @@ def _unpack_three_bits(packed: Tensor) -> Tensor:
     return torch.stack(codes, dim=-1).flatten(1)
 
 
-def pack_parameters(parameters: Tensor) -> Tensor:
+def _pack_parameters(parameters: Tensor) -> Tensor:
     """`[out, groups]`, of any strides, as `[row_blocks, groups, 16]`."""
     padded = functional.pad(parameters, (0, 0, 0, -parameters.shape[0] % LANES))
     return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
@@ -329,14 +339,14 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
         raise OperatorError(f"zeros are {zeros.dtype} but must be torch.uint8")
     _check_groups(scales.shape[1], codes.shape[1])
     half_scales = scales.half()
-    if not codes.is_meta:
-        if int(codes.max()) >= 2**bits:
-            raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
-        if bool((half_scales.isinf() & scales.isfinite()).any()):
-            raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
+    if int(codes.max()) >= 2**bits:
+        raise OperatorError(f"a code is {int(codes.max())} but {bits} bits hold at most {2**bits - 1}")
+    if bool((half_scales.isinf() & scales.isfinite()).any()):
+        raise OperatorError("a scale is too large for torch.float16, the dtype in which the operators keep scales")
     packed = PackedWeight.empty(codes.shape[0], codes.shape[1], scales.shape[1], bits, codes.device)
     torch.ops.autoq.pack_codes(codes, bits, packed.codes)
-    return PackedWeight(packed.codes, pack_parameters(half_scales), pack_parameters(zeros))
+    packed.put_parameters(half_scales, zeros)
+    return packed
 
 
 def unpack(packed: PackedWeight, bits: int, out_features: int, in_features: int, symmetric: bool) -> QuantizedWeight:
@@ -386,7 +396,20 @@ def define_packing(schema: str, reference: Callable[..., None]) -> None:
 
 def reference_pack_codes(codes: Tensor, bits: int, packed: Tensor) -> None:
     """Puts codes, uint8 `[out, in]`, into those of a packed weight."""
-    packed.copy_(_pack_codes(codes, bits))
+    pack_some_at_a_time(lambda outputs: codes[outputs], codes.shape[0], codes.shape[1], bits, packed)
+
+
+def pack_some_at_a_time(
+    codes: Callable[[slice], Tensor], out_features: int, in_features: int, bits: int, packed: Tensor
+) -> None:
+    """Puts codes into those of a packed weight, and needs little memory beside.
+
+    codes: gives those of some outputs, uint8 `[some, in]`.
+    """
+    blocks = max(1, _REFERENCE_CODES // (LANES * in_features))
+    for first in range(0, packed.shape[0], blocks):
+        last = min(first + blocks, packed.shape[0])
+        packed[first:last] = _pack_codes(codes(slice(first * LANES, min(last * LANES, out_features))), bits)
 
 
 define_packing("pack_codes(Tensor codes, int bits, Tensor(a!) packed) -> ()", reference_pack_codes)
@@ -480,7 +503,7 @@ def _reference_embedding(
     padded = functional.pad(rows, (0, -rows.numel() % LANES))
     blocks, lanes = padded // LANES, padded % LANES
     words = codes[blocks, :, :, lanes].reshape(-1, LANES, *codes.shape[1:3]).permute(0, 2, 3, 1).contiguous()
-    parameters = (pack_parameters(part[blocks, :, lanes]) for part in (scales, zeros))
+    parameters = (_pack_parameters(part[blocks, :, lanes]) for part in (scales, zeros))
     dense = _dequantize(words, *parameters, bits, rows.numel(), embedding_dim, dtype)
     return dense.view(*ids.shape, embedding_dim)
 

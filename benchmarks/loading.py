@@ -4,8 +4,8 @@
 
 A shape is measured with random weights, quantized to 4 bits. In each round the files are read into a buffer, and a new
 process loads the model on the CPU and makes one token of a prompt of eight; first with the files in the system's page
-cache, then without (where the system lets a process drop them). Importing torch and transformers is not counted. Writes
-Markdown and JSON to benchmarks/results/.
+cache, then without (where a process can have them dropped; they have to be on a disk for that, see --work). A first
+round is not counted, nor is importing torch and transformers. Writes Markdown and JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def main() -> None:
             quantized.save_quantized(directory)
             del quantized
         files = sorted(directory.glob("*.safetensors"))
+        states = [True, False] if hasattr(os, "posix_fadvise") else [True]
         rounds = [
-            {**_measure(directory, files, cached), "cached": cached}
-            for _ in range(arguments.rounds)
-            for cached in ([True, False] if hasattr(os, "posix_fadvise") else [True])
-        ]
+            {"cached": cached, **_measure(directory, files, cached)}
+            for _ in range(1 + arguments.rounds)
+            for cached in states
+        ][len(states) :]
         size = sum(path.stat().st_size for path in files)
-    name = arguments.shape if arguments.model is None else arguments.model.name
+    shape = f"--shape {arguments.shape}" if arguments.model is None else f"--model {arguments.model.name}"
     results = {
-        "model": name, "bytes": size, "rounds": rounds, "device": device_name(torch.device("cpu")),
+        "command": f"python benchmarks/loading.py {shape} --rounds {arguments.rounds}",
+        "bytes": size, "rounds": rounds, "device": device_name(torch.device("cpu")),
         "versions": {"autoq": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
     }  # fmt: skip
@@ -92,7 +94,7 @@ def _measure(directory: Path, files: list[Path], cached: bool) -> dict[str, floa
     if not cached:
         _drop(files)
     command = [sys.executable, __file__, "--worker", "--model", str(directory)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {**seconds, **json.loads(output.splitlines()[-1])}
 
 
@@ -125,8 +127,10 @@ def _markdown(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += [
         "",
-        f"{results['model']}, {size:.2f} GB, on the CPU; seconds, medians of the rounds (least - largest).",
+        f"{size:.2f} GB, on the CPU; seconds, medians of the rounds (least - largest).",
         f"{results['device']}; {versions}.",
+        "",
+        f"    {results['command']}",
         "",
     ]
     return "\n".join(lines)

@@ -157,7 +157,7 @@ void pack_words(const int32_t* from, int64_t stride, int64_t columns, int64_t co
 }
 
 // int32 [inputs, outputs / 8] -> int32 [row blocks, units, 4, 16]
-void pack_gemm_codes(const Tensor& words_, const Tensor& packed) {
+void repack_gemm_codes(const Tensor& words_, const Tensor& packed) {
     check_matrix(words_, ScalarType::Int, "GEMM words", "int32");
     const Tensor words = make_contiguous(words_);
     const int64_t inputs = words.size(0), columns = words.size(1);
@@ -210,7 +210,7 @@ void take_rest(const uint8_t* stream, int64_t codes, int64_t bits, uint8_t* unit
 }
 
 // uint8 [outputs, bytes], codes one after the other from the lowest bit -> int32 [row blocks, units, bits, 16]
-void pack_bit_stream(const Tensor& stream_, int64_t inputs, int64_t bits, const Tensor& packed) {
+void repack_bit_stream(const Tensor& stream_, int64_t inputs, int64_t bits, const Tensor& packed) {
     check_matrix(stream_, ScalarType::Byte, "a bit stream", "uint8");
     check_bits(bits);
     const Tensor stream = make_contiguous(stream_);
@@ -248,8 +248,8 @@ void pack_bit_stream(const Tensor& stream_, int64_t inputs, int64_t bits, const 
 
 STABLE_TORCH_LIBRARY_IMPL(autoq, CPU, m) {
     m.impl("pack_codes", TORCH_BOX(&pack_codes));
-    m.impl("pack_gemm_codes", TORCH_BOX(&pack_gemm_codes));
-    m.impl("pack_bit_stream", TORCH_BOX(&pack_bit_stream));
+    m.impl("repack_gemm_codes", TORCH_BOX(&repack_gemm_codes));
+    m.impl("repack_bit_stream", TORCH_BOX(&repack_bit_stream));
 }
 
 }  // namespace autoq

@@ -326,7 +326,9 @@ def test_importing_fetches_nothing_and_is_quiet() -> None:
 
 
 def test_loaded_models_are_plain_to_transformers(llama: Path) -> None:
-    model, config = load_quantized(llama, device_map="cpu", torch_dtype="auto", max_memory=None, offload_folder=None)
+    model, config = load_quantized(
+        llama, device_map="cpu", torch_dtype="auto", max_memory=None, offload_folder=None, fuse=False
+    )
     assert config.bits == 4
     assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
     assert getattr(model.config, "quantization_config", None) is None

@@ -33,6 +33,17 @@ def test_long_generation_measures_every_window(tmp_path: Path) -> None:
     assert "| 48 |" in (tmp_path / "long.md").read_text()
 
 
+def test_loading_measures_both_states_of_the_files(tmp_path: Path) -> None:
+    script = [sys.executable, BENCHMARKS / "loading.py", "--shape", "tiny", "--work", tmp_path]
+    subprocess.run([*script, "--rounds", "1", "--output", tmp_path / "loading"], check=True, timeout=280)
+    results = json.loads((tmp_path / "loading.json").read_text())
+    assert results["rounds"][0]["cached"]
+    assert all(entry[part] > 0 for entry in results["rounds"] for part in ("read", "load", "first token"))
+    text = (tmp_path / "loading.md").read_text()
+    assert "| in the page cache |" in text
+    assert "--shape tiny --rounds 1" in text
+
+
 def test_cpu_peers_measures_what_is_installed(tmp_path: Path) -> None:
     output = tmp_path / "peers"
     command = [sys.executable, BENCHMARKS / "cpu_peers.py", "--quick", "--rounds", "1", "--threads", "1"]

@@ -766,18 +766,37 @@ def test_merged_projections_share_their_codes() -> None:
     assert names == set(fused.state_dict())
 
 
-@pytest.mark.parametrize("settings", [{}, {"bits": 3}])
-def test_a_loaded_model_is_merged_where_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+LEFT_OUT = {"modules_to_not_convert": ["layers.0.self_attn.k_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "device_map", "merged"),
+    [
+        ({}, "cpu", 4),
+        ({"bits": 3}, "cpu", 4),
+        (LEFT_OUT, "cpu", 2),
+        ({}, {"": "cpu", "model.layers.0": "disk"}, 2),
+    ],
+)
+def test_a_loaded_model_is_merged_where_it_is(
+    settings: dict[str, Any], device_map: Any, merged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantized(FAMILIES[0], **settings).save_quantized(tmp_path)
-    model = AutoQForCausalLM.from_quantized(tmp_path, fuse_layers=False).model
+    real = ops.PackedWeight.joined
+    stayed = []
 
-    def places() -> list[int]:
-        linears = (module for module in model.modules() if isinstance(module, QuantLinear))
-        return [tensor.data_ptr() for linear in linears for tensor in linear.packed()]
+    def joined(weights: list[ops.PackedWeight]) -> ops.PackedWeight:
+        whole = real(weights)
+        stayed.append([tensor.data_ptr() for tensor in whole] == [tensor.data_ptr() for tensor in weights[0]])
+        return whole
 
-    before = places()
-    assert fuse_blocks(model) == 2
-    assert places() == before
+    monkeypatch.setattr(ops.PackedWeight, "joined", joined)
+    unfused = AutoQForCausalLM.from_quantized(tmp_path, device_map=device_map, fuse_layers=False)
+    projection = blocks(unfused.model)[1].self_attn.q_proj.codes
+    assert projection.untyped_storage().nbytes() == 4 * projection.numel()
+    assert stayed == []
+    AutoQForCausalLM.from_quantized(tmp_path, device_map=device_map)
+    assert stayed == [True] * merged
 
 
 def test_conversion_and_copies_stay_right(calls: list[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ def test_round_trip(name: str, bits: int, group_size: int, shape: tuple[int, int
     found = PackedWeight.empty(*shape, spec.groups, bits)
     for tensor in found:
         tensor.fill_(77)
-    layout.load(tensors, spec, found)
+    layout.repack(tensors, spec, found)
     for ours, expected in zip(found, ops.pack(weight), strict=True):
         assert torch.equal(ours, expected)
     result = ops.unpack(found, bits, *shape, symmetric=not zero_point)
@@ -90,7 +92,7 @@ def test_gemm_writes_symmetric_zeros_out_and_reads_other_zeros_as_they_are() -> 
     assert (tensors["qzeros"] == -0x77777778).all()  # 0x88888888
     tensors["qzeros"][0, 0] = 0
     found = PackedWeight.empty(8, 32, 2, 4)
-    layout.load(tensors, spec, found)
+    layout.repack(tensors, spec, found)
     assert (found.zeros[0, 0, :8] == 0).all()
     assert (found.zeros[0, 1, :8] == 8).all()
 
@@ -100,6 +102,11 @@ def test_unknown_format() -> None:
         get_format("marlin")
 
 
+@pytest.fixture(params=[2**22, 2**9], ids=["at once", "some at a time"])
+def _panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_REFERENCE_CODES", request.param)
+
+
 def _room(rows: int, columns: int, bits: int) -> Tensor:
     """Codes of a packed weight, with a row block too many at either end."""
     return torch.full((-(-rows // 16) + 2, -(-columns // 32), bits, 16), 77, dtype=torch.int32)
@@ -107,16 +114,18 @@ def _room(rows: int, columns: int, bits: int) -> Tensor:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 32), (37, 88), (70, 203), (128, 1032), (600, 96)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.usefixtures("_panels")
 def test_codes_are_packed_as_the_reference_does(rows: int, columns: int, bits: int) -> None:
     codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
     expected = _room(rows, columns, bits)
-    ops.reference_pack_codes(codes, bits, expected[1:-1])
-    found = _room(rows, columns, bits)
-    torch.ops.autoq.pack_codes(codes, bits, found[1:-1])
-    assert torch.equal(found, expected)
+    expected[1:-1] = ops._pack_codes(codes, bits)
+    for pack in (torch.ops.autoq.pack_codes, ops.reference_pack_codes):
+        found = _room(rows, columns, bits)
+        pack(codes, bits, found[1:-1])
+        assert torch.equal(found, expected)
     stream = dense._to_bit_stream(codes, bits)
     stream[:, -1] |= 0xFF << (8 - -columns * bits % 8) & 0xFF  # what is behind the last code means nothing
-    for pack in (torch.ops.autoq.pack_bit_stream, dense._pack_stream):
+    for pack in (torch.ops.autoq.repack_bit_stream, dense._repack_stream):
         found = _room(rows, columns, bits)
         pack(stream, columns, bits, found[1:-1])
         assert torch.equal(found, expected)
@@ -124,13 +133,14 @@ def test_codes_are_packed_as_the_reference_does(rows: int, columns: int, bits: i
 
 @pytest.mark.parametrize("inputs", [1, 8, 37, 96, 200])
 @pytest.mark.parametrize("columns", [1, 2, 3, 16, 21, 40])
+@pytest.mark.usefixtures("_panels")
 def test_gemm_words_are_packed_as_the_reference_does(inputs: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(inputs)
     codes = torch.randint(16, (8 * columns, inputs), dtype=torch.uint8, generator=generator)
     expected = _room(*codes.shape, 4)
-    ops.reference_pack_codes(codes, 4, expected[1:-1])
+    expected[1:-1] = ops._pack_codes(codes, 4)
     words = gemm._pack_columns(codes.T)
-    for pack in (torch.ops.autoq.pack_gemm_codes, gemm._pack_words):
+    for pack in (torch.ops.autoq.repack_gemm_codes, gemm._repack_words):
         for same in (words, words.T.contiguous().T):
             found = _room(*codes.shape, 4)
             pack(same, found[1:-1])
@@ -144,10 +154,10 @@ def test_conversions_refuse_what_they_cannot_read() -> None:
     codes = torch.zeros(2, 8, dtype=torch.uint8)
     calls = {
         "pack_codes": (codes, 4),
-        "pack_bit_stream": (codes, 16, 4),
-        "pack_gemm_codes": (torch.zeros(8, 2, dtype=torch.int32),),
+        "repack_bit_stream": (codes, 16, 4),
+        "repack_gemm_codes": (torch.zeros(8, 2, dtype=torch.int32),),
     }
-    names = {"pack_codes": "codes", "pack_bit_stream": "a bit stream", "pack_gemm_codes": "GEMM words"}
+    names = {"pack_codes": "codes", "repack_bit_stream": "a bit stream", "repack_gemm_codes": "GEMM words"}
     for name, (first, *others) in calls.items():
         pack = getattr(torch.ops.autoq, name)
         pack(first, *others, room)
@@ -157,8 +167,19 @@ def test_conversions_refuse_what_they_cannot_read() -> None:
         for wrong in (room[:, :, :3], room.long(), room.transpose(2, 3), torch.cat((room, room))):
             with pytest.raises(RuntimeError, match=r"packed codes must be contiguous int32 \[1, 1, 4, 16\]"):
                 pack(first, *others, wrong)
-    for name in ("pack_codes", "pack_bit_stream"):
+    for name in ("pack_codes", "repack_bit_stream"):
         with pytest.raises(RuntimeError, match="bits is 5"):
             getattr(torch.ops.autoq, name)(*calls[name][:-1], 5, room)
     with pytest.raises(RuntimeError, match="16 codes of 3 bits take 6 bytes, not 8"):
-        torch.ops.autoq.pack_bit_stream(codes, 16, 3, room)
+        torch.ops.autoq.repack_bit_stream(codes, 16, 3, room)
+
+
+@pytest.mark.parametrize("name", ["pack_codes", "repack_bit_stream", "repack_gemm_codes"])
+def test_opcheck(name: str) -> None:
+    room = torch.zeros(1, 1, 4, 16, dtype=torch.int32)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "pack_codes": (torch.ones(2, 8, dtype=torch.uint8), 4, room),
+        "repack_bit_stream": (torch.ones(2, 8, dtype=torch.uint8), 16, 4, room),
+        "repack_gemm_codes": (torch.ones(8, 2, dtype=torch.int32), room),
+    }
+    torch.library.opcheck(getattr(torch.ops.autoq, name).default, arguments[name])

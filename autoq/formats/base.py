@@ -43,7 +43,7 @@ class TensorSpec(NamedTuple):
 class Format(Protocol):
     """One on-disk layout of a quantized weight, without its bias.
 
-    What `load` makes of `pack(weight)` is `autoq.ops.pack(weight)`, bit for bit.
+    What `repack` makes of `pack(weight)` is `autoq.ops.pack(weight)`, bit for bit.
     """
 
     @property
@@ -59,5 +59,5 @@ class Format(Protocol):
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of a weight, by the last part of their name."""
 
-    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+    def repack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
         """Puts the weight that tensors matching `tensors(spec)` hold into the layout of the operators."""

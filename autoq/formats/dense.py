@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autoq.formats.base import LinearSpec, TensorSpec
-from autoq.ops import PackedWeight, define_packing, pack_parameters, reference_pack_codes
-from autoq.quantization.weight import QuantizedWeight
+from autoq.ops import PackedWeight, define_packing, pack_some_at_a_time
+from autoq.quantization.weight import QuantizedWeight, symmetric_zeros
 
 # Eight codes fill a whole number of bytes, whatever their width.
 _CODES = 8
@@ -49,11 +49,14 @@ def _from_bit_stream(stream: Tensor, count: int, bits: int) -> Tensor:
     return codes.to(torch.uint8).reshape(rows, -1)[:, :count].contiguous()
 
 
-def _pack_stream(stream: Tensor, in_features: int, bits: int, packed: Tensor) -> None:
-    reference_pack_codes(_from_bit_stream(stream, in_features, bits), bits, packed)
+def _repack_stream(stream: Tensor, in_features: int, bits: int, packed: Tensor) -> None:
+    def codes(outputs: slice) -> Tensor:
+        return _from_bit_stream(stream[outputs], in_features, bits)
+
+    pack_some_at_a_time(codes, stream.shape[0], in_features, bits, packed)
 
 
-define_packing("pack_bit_stream(Tensor stream, int in_features, int bits, Tensor(a!) packed) -> ()", _pack_stream)
+define_packing("repack_bit_stream(Tensor stream, int in_features, int bits, Tensor(a!) packed) -> ()", _repack_stream)
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,13 @@ class Dense:
             tensors["qzeros"] = _to_bit_stream(weight.zeros, weight.bits)
         return tensors
 
-    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
-        torch.ops.autoq.pack_bit_stream(tensors["qweight"], spec.in_features, spec.bits, into.codes)
-        into.scales.copy_(pack_parameters(tensors["scales"]))
+    def repack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+        torch.ops.autoq.repack_bit_stream(tensors["qweight"], spec.in_features, spec.bits, into.codes)
         if spec.zero_point:
             zeros = _from_bit_stream(tensors["qzeros"], spec.groups, spec.bits)
         else:
-            zeros = torch.full((spec.out_features, spec.groups), 2 ** (spec.bits - 1), dtype=torch.uint8)
-        into.zeros.copy_(pack_parameters(zeros))
+            zeros = symmetric_zeros(tensors["scales"], spec.bits)
+        into.put_parameters(tensors["scales"], zeros)
 
 
 FORMAT = Dense()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoq.formats.base import LinearSpec, TensorSpec
-from autoq.ops import PackedWeight, define_packing, pack_parameters, reference_pack_codes
+from autoq.ops import PackedWeight, define_packing, pack_some_at_a_time
 from autoq.quantization.weight import QuantizedWeight
 
 _PER_WORD = 8
@@ -39,11 +39,14 @@ def _unpack_columns(words: Tensor) -> Tensor:
     return values.reshape(words.shape[0], -1)
 
 
-def _pack_words(words: Tensor, packed: Tensor) -> None:
-    reference_pack_codes(_unpack_columns(words).T, 4, packed)
+def _repack_words(words: Tensor, packed: Tensor) -> None:
+    def codes(outputs: slice) -> Tensor:
+        return _unpack_columns(words[:, outputs.start // _PER_WORD : outputs.stop // _PER_WORD]).T
+
+    pack_some_at_a_time(codes, _PER_WORD * words.shape[1], words.shape[0], 4, packed)
 
 
-define_packing("pack_gemm_codes(Tensor words, Tensor(a!) packed) -> ()", _pack_words)
+define_packing("repack_gemm_codes(Tensor words, Tensor(a!) packed) -> ()", _repack_words)
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,9 @@ class Gemm:
             "scales": weight.scales.T.to(torch.float16).contiguous(),
         }
 
-    def load(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
-        torch.ops.autoq.pack_gemm_codes(tensors["qweight"], into.codes)
-        into.scales.copy_(pack_parameters(tensors["scales"].T))
-        into.zeros.copy_(pack_parameters(_unpack_columns(tensors["qzeros"]).T))
+    def repack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
+        torch.ops.autoq.repack_gemm_codes(tensors["qweight"], into.codes)
+        into.put_parameters(tensors["scales"].T, _unpack_columns(tensors["qzeros"]).T)
 
 
 FORMAT = Gemm()

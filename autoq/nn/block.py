@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -275,12 +274,11 @@ def _merge(linears: list[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(linears) == 1:
         return (*linears[0].packed(), _NOTHING if like is None else like)
     merged = PackedWeight.joined([linear.packed() for linear in linears])
-    starts = accumulate((linear.codes.shape[0] for linear in linears), initial=0)
-    for linear, ends in zip(linears, pairwise(starts), strict=True):
-        linear.codes, linear.scales, linear.zeros = merged.row_blocks(*ends)
+    sizes = [linear.out_features for linear in linears]
+    for linear, part in zip(linears, merged.split(sizes), strict=True):
+        linear.codes, linear.scales, linear.zeros = part
     if like is None:
         return (*merged, _NOTHING)
-    sizes = [linear.out_features for linear in linears]
     parts = [like.new_zeros(size) if bias is None else bias for size, bias in zip(sizes, biases, strict=True)]
     return (*merged, torch.cat(parts))
 

@@ -42,9 +42,12 @@ class QuantizedWeight(NamedTuple):
 
     def explicit_zeros(self) -> Tensor:
         """The zero points as uint8 `[out, groups]`, also when they are implied by symmetry."""
-        if self.zeros is not None:
-            return self.zeros
-        return torch.full_like(self.scales, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return symmetric_zeros(self.scales, self.bits) if self.zeros is None else self.zeros
+
+
+def symmetric_zeros(scales: Tensor, bits: int) -> Tensor:
+    """The zero points that symmetric quantization implies, uint8 of the scales' shape."""
+    return torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:

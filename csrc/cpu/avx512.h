@@ -120,8 +120,8 @@ AUTOQ_AVX512_INLINE void unpack_half(const uint32_t* codes, int64_t half, __m512
 template <int BITS>
 AUTOQ_AVX512_INLINE void prefetch_half(const uint32_t* codes, int64_t half) {
     constexpr int kHalfBytes = 2 * BITS * kLanes;
-    if (weights_ahead == 0) return;
-    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + weights_ahead;
+    if (weights_ahead_bytes == 0) return;
+    const char* ahead = reinterpret_cast<const char*>(codes) + half * kHalfBytes + weights_ahead_bytes;
     for (int line = 0; line < (kHalfBytes + 63) / 64; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
 }
 

@@ -269,8 +269,8 @@ AUTOQ_VECTOR void multiply_dense_few(const DenseProduct& product, const float* i
     };
     int64_t column = 0;
     for (; column + 32 <= product.columns; column += 32) {
-        if (weights_ahead > 0) {
-            const char* ahead = weights + column * kItemBytes + weights_ahead;
+        if (weights_ahead_bytes > 0) {
+            const char* ahead = weights + column * kItemBytes + weights_ahead_bytes;
             for (int64_t line = 0; line < 32 * kItemBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         }
         add(column, 16);
