@@ -142,7 +142,7 @@ void transpose_nibbles(std::array<uint64_t, kPerWord>& words) {
 // are `stride` words apart.
 void pack_words(const int32_t* from, int64_t stride, int64_t columns, int64_t count, int32_t* lanes) {
     std::array<uint64_t, kPerWord> words{};
-    if (columns == 2 && count == kPerWord) {
+    if (columns == 2 && count == kPerWord) {  // nearly always, and with sizes that are known a copy is a load
         for (int64_t k = 0; k < kPerWord; ++k) std::memcpy(&words[static_cast<size_t>(k)], from + k * stride, 8);
     } else {
         for (int64_t k = 0; k < count; ++k) {

@@ -41,7 +41,7 @@ class TensorSpec(NamedTuple):
 
 
 class Format(Protocol):
-    """One on-disk layout of a quantized weight, without its bias.
+    """One on-disk layout of a quantized weight, without its bias. A module of this package that has a FORMAT adds one.
 
     What `repack` makes of `pack(weight)` is `autoq.ops.pack(weight)`, bit for bit.
     """
@@ -60,4 +60,5 @@ class Format(Protocol):
         """The tensors of a weight, by the last part of their name."""
 
     def repack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
-        """Puts the weight that tensors matching `tensors(spec)` hold into the layout of the operators."""
+        """Puts the weight that tensors matching `tensors(spec)` hold into the layout of the operators: its codes by an
+        operator of its own (`autoq.ops.define_packing`), as dense.py and gemm.py do, or `autoq::pack_codes`."""
