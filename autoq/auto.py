@@ -395,7 +395,8 @@ class AutoQForCausalLM(nn.Module):
         """The wrapped model's forward; input tensors are moved to its device."""
         if self._interrupted:
             raise ConfigError(_INTERRUPTED)
-        return self.model(*self._on_device(args), **self._on_device(kwargs))
+        args, kwargs = self._on_device(args, kwargs)
+        return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's generate, with everything transformers offers there; input tensors are moved to its
@@ -405,15 +406,18 @@ class AutoQForCausalLM(nn.Module):
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, AutoQForCausalLM):
             kwargs["assistant_model"] = assistant.model
-        return self.model.generate(*self._on_device(args), **self._on_device(kwargs))
+        args, kwargs = self._on_device(args, kwargs)
+        return self.model.generate(*args, **kwargs)
 
-    def _on_device(self, values: Any) -> Any:
+    def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         device = self.model.device
         if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
-            return values
-        if isinstance(values, dict):
-            return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)
+            return args, kwargs
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
 
 
 def _check_path(name: str, path: Any) -> None:

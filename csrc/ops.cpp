@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/digits.h"
 #include "cpu/dispatch.h"
 #include "packed.h"
 #include "team.h"

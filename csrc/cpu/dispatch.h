@@ -88,29 +88,6 @@ inline std::vector<ColumnBlock> column_blocks(const PackedWeight& weight, const 
     return blocks;
 }
 
-// How many digits a row gets; it depends on nothing but the row.
-inline int digits_for_row(const PackedWeight& weight, const InputRows& input, int64_t row) {
-    if (input.dtype == Float::kFloat32) return 4;
-    const int16_t* values = static_cast<const int16_t*>(input.data) + row * weight.in_features;
-    // Magnitudes of 16-bit floats are ordered as their bits are. This is a factor of 64.
-    const int exponents = 6 << (input.dtype == Float::kBFloat16 ? 7 : 10);
-    bool has_outliers = false;
-    for_each_block(weight, kBlockHalves, [&](int64_t, int64_t, int64_t first, int64_t last) {
-        const int64_t begin = first * kHalfColumns, end = std::min(last * kHalfColumns, weight.in_features);
-        int16_t largest = 0, small = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            largest = std::max(largest, static_cast<int16_t>(values[i] & 0x7fff));
-        }
-        const int16_t limit = static_cast<int16_t>(largest - exponents);
-        for (int64_t i = begin; i < end; ++i) {
-            const int16_t magnitude = static_cast<int16_t>(values[i] & 0x7fff);
-            small = static_cast<int16_t>(small + (magnitude != 0 && magnitude < limit));
-        }
-        has_outliers |= 8 * small > end - begin;
-    });
-    return has_outliers ? 3 : 2;
-}
-
 // Room for the rows in fixed point, to be filled by `prepare`.
 inline FixedPointRows fixed_point_rows(const PackedWeight& weight, const InputRows& input, int digits,
                                        const Kernels& kernels, Scratch& scratch) {

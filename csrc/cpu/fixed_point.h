@@ -11,11 +11,10 @@
 // not on the instruction set, not on the number of threads, not on how many rows are in the batch.
 //
 // fp32 inputs get four digits, 30 bits below the largest value of the block. Rows of 16-bit inputs get two, 14 bits,
-// which is exact for a bf16 down to 1/64 of the largest value, or three, 22 bits, if in some block more than an eighth
-// of the values are smaller than that, because others are outliers: `digits_for_row`. With two the error is 5e-5 on
-// gaussian data, where rounding the result to bf16 costs 1.7e-3; always taking three would cost half as many
-// instructions again, on processors where these and not the memory are the limit. A power of two as scale keeps short
-// mantissas exact.
+// which is exact for a bf16 down to 1/64 of the largest value, as long as what that rounds away is small beside the
+// rounding that the input has been through already, and three, 22 bits, where outliers make it large (digits.h). Always
+// taking three would cost half as many instructions again, on processors where these and not the memory are the limit.
+// A power of two as scale keeps short mantissas exact.
 //
 // All sums stay below 2^24 (255 * 128 * 256), so they convert to fp32 exactly; products with the zero point as well.
 #pragma once

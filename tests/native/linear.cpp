@@ -1,4 +1,5 @@
 // The kernels of a linear: every instruction set against float64, and bit for bit against the portable one.
+#include "../../csrc/cpu/digits.h"
 #include "support.h"
 
 namespace test {
@@ -183,9 +184,41 @@ void test_strange_values(const Call& call, Float dtype) {
     }
 }
 
+// The digits of a row of `columns` values, each of which `value` is asked for.
+template <class Value>
+int digits_of(Float dtype, int64_t columns, const Value& value) {
+    const Weight weight(4, 1, columns, columns % 128 == 0 ? 128 : columns);
+    Array input(dtype, columns);
+    for (int64_t i = 0; i < columns; ++i) input.set(i, value(i));
+    return digits_for_row(weight.packed(), {input.data(), dtype, 1}, 0);
+}
+
+void test_digits() {
+    const auto plain = [](int64_t) { return gaussian(); };
+    const auto gated = [](int64_t) { return gaussian() * gaussian(); };
+    const auto outlier = [](int64_t i) { return gaussian() * (i == 3 ? 3000.0f : 1.0f); };
+    const auto outlier_among_zeros = [](int64_t i) { return i == 3 ? 3000.0f : 0.0f; };
+    for (int64_t columns : {100, 1, 1024, 700}) {
+        const std::string what = " in a row of " + std::to_string(columns);
+        for (Float dtype : {Float::kBFloat16, Float::kFloat16}) {
+            const std::string name = name_of(dtype) + what;
+            // A magnitude changes nothing: the smallest here is one of fp16's subnormal numbers.
+            for (float factor : {1.0f, 1000.0f, 1e-6f}) {
+                check(digits_of(dtype, columns, [&](int64_t) { return factor * gaussian(); }) == 2, "plain " + name);
+            }
+            check(digits_of(dtype, columns, outlier_among_zeros) == 2, "an outlier among zeros, " + name);
+            check(digits_of(dtype, columns, [](int64_t) { return 0.0f; }) == 2, "zeros, " + name);
+            if (columns > 1) check(digits_of(dtype, columns, outlier) == 3, "an outlier, " + name);
+        }
+        check(digits_of(Float::kBFloat16, columns, gated) == 2, "gated bf16" + what);
+        check(digits_of(Float::kFloat32, columns, plain) == 4, "fp32" + what);
+    }
+}
+
 }  // namespace
 
 void test_linear() {
+    test_digits();
     struct Shape {
         int64_t outputs, inputs, group_size;
     };
