@@ -21,7 +21,7 @@ $(READY): setup.py pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch ninja pybind11 setuptools
 	@echo 'building the native extension: some two minutes, with a CUDA toolkit ten'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'from autoq import ops; print("native extension:", ops.extension_missing() or "built")'
+	@$(BIN)/python -c 'from autoq.extension import extension_missing; print("native extension:", extension_missing() or "built")'
 	touch $@
 
 demo: $(READY)

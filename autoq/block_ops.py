@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoq import ops
 from autoq.architectures.base import Arrangement, HeadLayout, NormKind, RotaryKind
 from autoq.errors import OperatorError
+from autoq.extension import extension_missing
 from autoq.model_ops import normalize
+from autoq.ops import linear
+from autoq.packed import PackedWeight
 
 MAX_HEAD_DIM = 1024  # of the native operator
 
@@ -42,7 +44,7 @@ class ActivationKind(IntEnum):
 
 
 class BlockTensors(NamedTuple):
-    """The tensors of a block in the order of the operator; linears as in `ops.PackedWeight`, with their bias."""
+    """The tensors of a block in the order of the operator; linears as in `PackedWeight`, with their bias."""
 
     attention_norm: Tensor
     attention_norm_bias: Tensor
@@ -142,10 +144,10 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, kind: NormKind, epsilon: floa
 def _project(
     x: Tensor, tensors: BlockTensors, settings: BlockSettings, name: str, bits: int, out_features: int
 ) -> Tensor:
-    packed = ops.PackedWeight(*(getattr(tensors, f"{name}_{leaf}") for leaf in ops.PackedWeight._fields))
+    packed = PackedWeight(*(getattr(tensors, f"{name}_{leaf}") for leaf in PackedWeight._fields))
     bias = getattr(tensors, f"{name}_bias")
     mode = "int8" if settings.int8 else "exact"
-    return ops.linear(x, packed, bias if bias.numel() else None, bits, out_features, mode)
+    return linear(x, packed, bias if bias.numel() else None, bits, out_features, mode)
 
 
 def _activate(x: Tensor, kind: ActivationKind) -> Tensor:
@@ -380,7 +382,7 @@ class KeptBlocks:
     def can_be_made(arguments: Sequence[Any]) -> bool:
         """Whether the native operator is there, and reads the tensors where they are."""
         hidden, tensors = arguments[0], arguments[10]
-        native = hidden.device.type == "cpu" and ops.extension_missing() is None
+        native = hidden.device.type == "cpu" and extension_missing() is None
         return native and all(tensor.is_contiguous() for tensor in tensors)
 
     def __call__(

@@ -28,7 +28,7 @@ from autoq.nn import QuantEmbedding, QuantLinear, QuantModule, ScaledActivation
 from autoq.nn.block import linears_read_together
 from autoq.nn.linear import replace_module
 from autoq.nn.spread import DiskWeights, connect, fetch_from_disk
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight
 from autoq.placement import Device, DeviceMap, Placement, parts_of, place, tied_names, torch_device
 
 # Where older tools keep what config.json now holds.

@@ -18,7 +18,7 @@ from autoq.errors import ConfigError
 from autoq.formats import get_format
 from autoq.nn import QuantModule, shares_head
 from autoq.nn.spread import in_memory, is_offloaded
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight
 from autoq.placement import tied_names
 from autoq.quantization.report import QuantizationReport
 

@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
         "--variant", action="append", default=[], metavar="NAME=JSON",
         help="autoq once more, as `autoq NAME`, with these keywords of from_quantized",
     )  # fmt: skip
-    parser.add_argument("--threads", nargs="+", type=int, default=[machine.describe()["cores"]])
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, machine.describe()["cores"]}))
     parser.add_argument("--rounds", type=int, default=5, help="times the engines take turns; prefill takes at most 3")
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded in each round")
     parser.add_argument("--depths", nargs="*", type=int, default=[0, 512, 2048], help="tokens in the cache")

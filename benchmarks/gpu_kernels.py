@@ -19,7 +19,6 @@ for few rows. Errors are relative, in the Frobenius norm, against float64 on the
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -31,9 +30,10 @@ import torch
 from machine import device_name
 from torch import Tensor
 from torch.nn import functional
+from writing import write_results
 
 from autoq import __version__, ops
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight
 
 GROUP_SIZE = 128
 BITS = 4
@@ -78,9 +78,7 @@ def _write(output: Path, bandwidth: float, records: list[dict[str, Any]]) -> Non
         "versions": {"autoq": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "records": records,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    output.with_suffix(".md").write_text(_report(result) + "\n")
+    write_results(output, result, _report(result))
 
 
 def _arguments() -> argparse.Namespace:

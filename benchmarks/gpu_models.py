@@ -15,7 +15,6 @@ matter most. Writes Markdown and JSON to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -30,8 +29,10 @@ from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
+from writing import write_results
 
-from autoq import QuantConfig, __version__, ops
+from autoq import QuantConfig, __version__
+from autoq.extension import extension_missing
 from autoq.nn.cache import KVLayer
 
 _STEPS, _WARMUP, _ROUNDS = 24, 4, 3
@@ -84,10 +85,8 @@ class Bench:
 
     def save(self) -> None:
         output: Path = self.arguments.output
-        output.parent.mkdir(parents=True, exist_ok=True)
         results = {"records": self.records, "left_out": self.left_out}
-        output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        output.with_suffix(".md").write_text(f"{table(self.records)}\n\n{footnote(self)}\n")
+        write_results(output, results, f"{table(self.records)}\n\n{footnote(self)}")
 
 
 # ---- the device: a CPU does to try the script ------------------------------------------------------------------------
@@ -329,8 +328,8 @@ def main() -> str | None:
     arguments = parse()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available to this torch; run this on a machine with a GPU"
-    if ops.extension_missing() is not None:
-        return f"autoq's native extension {ops.extension_missing()}"
+    if extension_missing() is not None:
+        return f"autoq's native extension {extension_missing()}"
     bench = Bench(arguments)
     # What compiles comes last: it takes longest.
     parts = [(part, shape) for part in (measure_shape, measure_compiled) for shape in arguments.shape]

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from writing import write_results
+
 from autoq import AutoQForCausalLM, __version__
 
 
@@ -62,8 +64,7 @@ def main() -> None:
     )
     print(text)
     result = {"kills": kills, "runs": runs, "different": different, "seconds": whole, "blocks_done": done_at_kill}
-    arguments.output.with_suffix(".md").write_text(text)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results(arguments.output, result, text)
     sys.exit(different > 0)
 
 

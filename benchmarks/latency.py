@@ -11,7 +11,6 @@ a GPU and bf16 on a CPU, where fp16 arithmetic is rare. Writes Markdown and JSON
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 from pathlib import Path
@@ -22,6 +21,7 @@ import transformers
 from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
 from transformers import AutoTokenizer
+from writing import write_results
 
 from autoq import AutoQForCausalLM, QuantConfig, __version__
 from autoq.evaluation import measure_generation, model_bytes, perplexity
@@ -40,9 +40,7 @@ def main() -> None:
         rows.append(_measure_checkpoints(arguments, device, dtype))
     table = _table(rows)
     print(table)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(f"{table}\n\n{_footnote(rows)}\n")
+    write_results(arguments.output, rows, f"{table}\n\n{_footnote(rows)}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -11,7 +11,6 @@ too, beside that of summing a large tensor in the same rounds. Writes Markdown a
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -23,8 +22,10 @@ import torch
 from machine import device_name
 from torch import Tensor
 from torch.nn import functional
+from writing import write_results
 
 from autoq import _C, __version__, ops
+from autoq.packed import pack
 from autoq.quantization.weight import dequantize, quantize
 
 GROUP_SIZE = 128
@@ -44,9 +45,7 @@ def main() -> None:
             rows += _measure_shape(in_features, out_features, probe, arguments)
     table = _table(rows)
     print(table)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(f"{table}\n\n{_footnote(arguments)}\n")
+    write_results(arguments.output, rows, f"{table}\n\n{_footnote(arguments)}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,7 +66,7 @@ def _measure_shape(
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(out_features, in_features, generator=generator), arguments.bits, GROUP_SIZE)
-    packed, dense = ops.pack(weight), dequantize(weight, torch.float32).bfloat16()
+    packed, dense = pack(weight), dequantize(weight, torch.float32).bfloat16()
     weight_bytes = sum(tensor.nbytes for tensor in packed)
     found = []
     for rows in arguments.rows:

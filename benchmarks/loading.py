@@ -25,6 +25,7 @@ import torch
 import transformers
 from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
+from writing import write_results
 
 from autoq import AutoQForCausalLM, QuantConfig, __version__
 
@@ -59,9 +60,7 @@ def main() -> None:
     }  # fmt: skip
     text = _markdown(results)
     print(text)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text)
+    write_results(arguments.output, results, text)
 
 
 def _arguments() -> argparse.Namespace:

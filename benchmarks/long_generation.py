@@ -11,7 +11,6 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from machine import device_name
 from shapes import SHAPES, random_model, round_to_nearest
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from writing import write_results
 
 from autoq import AutoQForCausalLM, QuantConfig, __version__
 
@@ -77,9 +77,7 @@ def main() -> None:
         f"{device_name(torch.device('cpu'))}; autoq {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}.\n\n{table}\n"
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(windows, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text)
+    write_results(arguments.output, windows, text)
 
 
 def _arguments() -> argparse.Namespace:

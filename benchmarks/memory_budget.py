@@ -26,6 +26,7 @@ from machine import device_name
 from safetensors.torch import save_file
 from shapes import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
+from writing import write_results
 
 from autoq import AutoQForCausalLM, __version__
 from autoq.evaluation.speed import peak_process_bytes
@@ -46,8 +47,7 @@ def main() -> None:
     result = {"checkpoint": size, **json.loads(done.stdout.splitlines()[-1])}
     text = _table(result, arguments)
     print(text)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text + "\n")
+    write_results(arguments.output, result, text)
 
 
 def _place(arguments: argparse.Namespace) -> Path:

@@ -9,7 +9,6 @@ compared is arithmetic on the same weights. Writes NAME.md and NAME.json (--outp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ import transformers
 from shapes import round_to_nearest
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from writing import write_results
 
 from autoq import QuantConfig, __version__
 from autoq.evaluation.divergence import compare
@@ -105,14 +105,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _write(output: Path, rows: list[dict[str, Any]]) -> None:
     versions = {"autoq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
     options = " ".join(Path(part).name if "/" in part else part for part in sys.argv[1:])
     heading = (
         "Perplexity of the same quantized model: of float64 arithmetic, and how far from it the others are"
         " / their KL divergence from it x 10^6.\n\n"
     )
     command = f"\n\n`python benchmarks/modes.py {options}`; {', '.join(f'{k} {v}' for k, v in versions.items())}.\n"
-    output.with_suffix(".md").write_text(heading + _table(rows) + command)
+    write_results(output, {"versions": versions, "rows": rows}, heading + _table(rows) + command)
 
 
 if __name__ == "__main__":

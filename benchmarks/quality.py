@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from writing import write_results
 
 from autoq import AutoQForCausalLM, __version__
 from autoq.architectures import architecture_of
@@ -174,12 +175,10 @@ def _write(output: Path, rows: list[dict[str, Any]]) -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
     heading = "Perplexity / KL divergence to full precision x 1000, held-out text; lower is better.\n\n"
     options = " ".join(Path(part).name if "/" in part else part for part in sys.argv[1:])
     command = f"\n\n`python benchmarks/quality.py {options}`; {', '.join(f'{k} {v}' for k, v in versions.items())}.\n"
-    output.with_suffix(".md").write_text(heading + _table(rows) + command)
+    write_results(output, {"versions": versions, "rows": rows}, heading + _table(rows) + command)
 
 
 if __name__ == "__main__":

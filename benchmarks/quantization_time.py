@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from machine import device_name
 from shapes import random_model
+from writing import write_results
 
 from autoq import AutoQForCausalLM, __version__
 from autoq.evaluation.speed import peak_process_bytes
@@ -46,9 +47,7 @@ def main() -> None:
         }
     text = _table(results, arguments)
     print(text)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    arguments.output.with_suffix(".md").write_text(text + "\n")
+    write_results(arguments.output, results, text)
 
 
 def _arguments() -> argparse.Namespace:

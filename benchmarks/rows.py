@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from writing import write_results
+
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which models are measured, and on what data."""
@@ -49,7 +51,4 @@ def write_rows(
     output: Path, conditions: dict[str, Any], versions: dict[str, Any], rows: list[dict[str, Any]], lines: list[str]
 ) -> None:
     """Writes the rows and a text about them."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"conditions": conditions, "versions": versions, "rows": rows}
-    output.with_suffix(".json").write_text(json.dumps(kept, indent=2) + "\n")
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_results(output, {"conditions": conditions, "versions": versions, "rows": rows}, "\n".join(lines))

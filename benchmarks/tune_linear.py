@@ -22,7 +22,7 @@ from gpu_kernels import BITS, MODELS, copies_for, random_weight, sizes_of, take_
 from machine import device_name
 
 from autoq import ops
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 // Conversions into the packed layout, on the CPU: what loading a checkpoint spends its time on. The schemas and the
-// references are where each way to store codes is described: autoq/formats and autoq/ops.py. Little-endian, as all of
-// these are.
+// references are where each way to store codes is described: autoq/formats and autoq/packed.py. Little-endian, as all
+// of these are.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from autoq import ops
 from autoq.architectures.base import NormKind
+from autoq.extension import extension_missing
+from autoq.packed import pack
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 BITS = (2, 3, 4, 8)
@@ -31,7 +33,7 @@ SHAPES = [
 
 
 def load_extension() -> ModuleType | None:
-    return importlib.import_module("autoq._C") if ops.extension_missing() is None else None
+    return importlib.import_module("autoq._C") if extension_missing() is None else None
 
 
 EXTENSION = load_extension()
@@ -63,7 +65,7 @@ def exact_linear(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 
 def run_linear(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, mode: str = "exact") -> Tensor:
-    return ops.linear(input, ops.pack(weight), bias, weight.bits, weight.codes.shape[0], mode)
+    return ops.linear(input, pack(weight), bias, weight.bits, weight.codes.shape[0], mode)
 
 
 def error(found: Tensor, exact: Tensor) -> float:

@@ -20,10 +20,12 @@ from transformers import DynamicCache, MistralConfig, PreTrainedModel
 from autoq import AutoQForCausalLM, block_ops, ops
 from autoq.architectures import architecture_of
 from autoq.errors import ConfigError
+from autoq.extension import extension_missing
 from autoq.nn import QuantLinear, block, steps
 from autoq.nn.block import FusedForward, fuse_blocks, unfuse_blocks
 from autoq.nn.cache import KVLayer
 from autoq.nn.linear import DenseLinear, replace_module
+from autoq.packed import PackedWeight
 from autoq.quantization.weight import quantize
 
 
@@ -109,7 +111,7 @@ def test_fused_agrees_with_float64_as_unfused_does(variant: Variant, calls: list
     variant = with_context(variant, 512)
     for dtype, bound in ((torch.float32, 4e-6), (torch.bfloat16, 4e-2)):
         unfused, fused = pair(variant, dtype=dtype, scale_activations=True)
-        for batch, tokens in ((1, 1), (1, 7), (1, 128), (1, 500), (5, 1), (5, 7), (5, 128)):
+        for batch, tokens in ((1, 1), (1, 7), (1, 128), (1, 500), (5, 1), (5, 7), (5, 128), (5, 500)):
             inputs = prompt(batch, tokens)
             calls[0] = 0
             exact = exact_logits(unfused, inputs)
@@ -714,7 +716,7 @@ def test_modes_are_read_at_every_call(calls: list[int]) -> None:
                 if isinstance(module, QuantLinear):
                     module.mode = "int8"
         changed = fused(**inputs).logits
-        if ops.extension_missing() is None:
+        if extension_missing() is None:
             assert not torch.equal(changed, exact)
         blocks(fused)[0].mlp.down_proj.mode = "exact"
         calls[0] = 0
@@ -782,15 +784,15 @@ def test_a_loaded_model_is_merged_where_it_is(
     settings: dict[str, Any], device_map: Any, merged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized(FAMILIES[0], **settings).save_quantized(tmp_path)
-    real = ops.PackedWeight.joined
+    real = PackedWeight.joined
     stayed = []
 
-    def joined(weights: list[ops.PackedWeight]) -> ops.PackedWeight:
+    def joined(weights: list[PackedWeight]) -> PackedWeight:
         whole = real(weights)
         stayed.append([tensor.data_ptr() for tensor in whole] == [tensor.data_ptr() for tensor in weights[0]])
         return whole
 
-    monkeypatch.setattr(ops.PackedWeight, "joined", joined)
+    monkeypatch.setattr(PackedWeight, "joined", joined)
     unfused = AutoQForCausalLM.from_quantized(tmp_path, device_map=device_map, fuse_layers=False)
     projection = blocks(unfused.model)[1].self_attn.q_proj.codes
     assert projection.untyped_storage().nbytes() == 4 * projection.numel()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from autoq import ops
 from autoq.nn import QuantLinear
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight, pack
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -31,7 +31,7 @@ def exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_gpu(weight: QuantizedWeight) -> PackedWeight:
-    return PackedWeight(*(tensor.cuda() for tensor in ops.pack(weight)))
+    return PackedWeight(*(tensor.cuda() for tensor in pack(weight)))
 
 
 def run(input: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from cuda_host import ORDERS, run
 from operators import BITS, DTYPES, exact_linear, make_input, make_weight, relative_error
 from torch import Tensor
 
-from autoq import ops
+from autoq.packed import pack
 from autoq.quantization.weight import QuantizedWeight, dequantize
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="there is no C++ compiler")
@@ -109,7 +109,7 @@ def test_named_barriers_and_shared_memory(order: str) -> None:
 )
 def test_dequantize_is_exact(out_features: int, in_features: int, group_size: int, bits: int) -> None:
     weight = make_weight(out_features, in_features, bits, group_size)
-    packed = ops.pack(weight)
+    packed = pack(weight)
     for dtype in DTYPES:
         dense = torch.full((out_features, in_features), float("nan"), dtype=dtype)
         sizes = (bits, out_features, in_features, packed.scales.shape[1])
@@ -168,7 +168,7 @@ def run_linear(
     out = torch.full((rows, out_features), float("nan"), dtype=input.dtype)
     workspace = torch.full((workspace_for(plan, weight, rows) // 4,), float("nan"))
     counters = torch.zeros(plan.blocks, dtype=torch.int32)
-    packed = ops.pack(weight)
+    packed = pack(weight)
     sizes = (weight.bits, out_features, in_features, packed.scales.shape[1])
     problem = (input, cuda_host.DTYPES[input.dtype], rows, input.shape[1], bias, out)
     run("host_linear", *packed, *sizes, *problem, workspace, counters, *map(int, plan), order=order)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoq import ops
+from autoq import packed
 from autoq.errors import ConfigError
+from autoq.extension import extension_missing
 from autoq.formats import LinearSpec, all_formats, dense, gemm, get_format
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight, pack, unpack
 from autoq.quantization.weight import QuantizedWeight, quantize
 
 CASES = [
@@ -54,9 +55,9 @@ def test_round_trip(name: str, bits: int, group_size: int, shape: tuple[int, int
     for tensor in found:
         tensor.fill_(77)
     layout.repack(tensors, spec, found)
-    for ours, expected in zip(found, ops.pack(weight), strict=True):
+    for ours, expected in zip(found, pack(weight), strict=True):
         assert torch.equal(ours, expected)
-    result = ops.unpack(found, bits, *shape, symmetric=not zero_point)
+    result = unpack(found, bits, *shape, symmetric=not zero_point)
     assert _same(result.codes, weight.codes)
     assert _same(result.scales, weight.scales)
     assert _same(result.zeros, weight.zeros)
@@ -104,7 +105,7 @@ def test_unknown_format() -> None:
 
 @pytest.fixture(params=[2**22, 2**9], ids=["at once", "some at a time"])
 def _panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_REFERENCE_CODES", request.param)
+    monkeypatch.setattr(packed, "_REFERENCE_CODES", request.param)
 
 
 def _room(rows: int, columns: int, bits: int) -> Tensor:
@@ -118,16 +119,16 @@ def _room(rows: int, columns: int, bits: int) -> Tensor:
 def test_codes_are_packed_as_the_reference_does(rows: int, columns: int, bits: int) -> None:
     codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
     expected = _room(rows, columns, bits)
-    expected[1:-1] = ops._pack_codes(codes, bits)
-    for pack in (torch.ops.autoq.pack_codes, ops.reference_pack_codes):
+    expected[1:-1] = packed._pack_codes(codes, bits)
+    for fill in (torch.ops.autoq.pack_codes, packed.reference_pack_codes):
         found = _room(rows, columns, bits)
-        pack(codes, bits, found[1:-1])
+        fill(codes, bits, found[1:-1])
         assert torch.equal(found, expected)
     stream = dense._to_bit_stream(codes, bits)
     stream[:, -1] |= 0xFF << (8 - -columns * bits % 8) & 0xFF  # what is behind the last code means nothing
-    for pack in (torch.ops.autoq.repack_bit_stream, dense._repack_stream):
+    for fill in (torch.ops.autoq.repack_bit_stream, dense._repack_stream):
         found = _room(rows, columns, bits)
-        pack(stream, columns, bits, found[1:-1])
+        fill(stream, columns, bits, found[1:-1])
         assert torch.equal(found, expected)
 
 
@@ -138,17 +139,17 @@ def test_gemm_words_are_packed_as_the_reference_does(inputs: int, columns: int) 
     generator = torch.Generator().manual_seed(inputs)
     codes = torch.randint(16, (8 * columns, inputs), dtype=torch.uint8, generator=generator)
     expected = _room(*codes.shape, 4)
-    expected[1:-1] = ops._pack_codes(codes, 4)
+    expected[1:-1] = packed._pack_codes(codes, 4)
     words = gemm._pack_columns(codes.T)
-    for pack in (torch.ops.autoq.repack_gemm_codes, gemm._repack_words):
+    for fill in (torch.ops.autoq.repack_gemm_codes, gemm._repack_words):
         for same in (words, words.T.contiguous().T):
             found = _room(*codes.shape, 4)
-            pack(same, found[1:-1])
+            fill(same, found[1:-1])
             assert torch.equal(found, expected)
 
 
 def test_conversions_refuse_what_they_cannot_read() -> None:
-    if ops.extension_missing() is not None:
+    if extension_missing() is not None:
         pytest.skip("the references are only called with what a checkpoint was checked to hold")
     room = torch.zeros(1, 1, 4, 16, dtype=torch.int32)
     codes = torch.zeros(2, 8, dtype=torch.uint8)
@@ -159,14 +160,14 @@ def test_conversions_refuse_what_they_cannot_read() -> None:
     }
     names = {"pack_codes": "codes", "repack_bit_stream": "a bit stream", "repack_gemm_codes": "GEMM words"}
     for name, (first, *others) in calls.items():
-        pack = getattr(torch.ops.autoq, name)
-        pack(first, *others, room)
+        fill = getattr(torch.ops.autoq, name)
+        fill(first, *others, room)
         for wrong in (first.float(), first[0]):
             with pytest.raises(RuntimeError, match=f"{names[name]} must be u?int[0-9]* of two dimensions"):
-                pack(wrong, *others, room)
+                fill(wrong, *others, room)
         for wrong in (room[:, :, :3], room.long(), room.transpose(2, 3), torch.cat((room, room))):
             with pytest.raises(RuntimeError, match=r"packed codes must be contiguous int32 \[1, 1, 4, 16\]"):
-                pack(first, *others, wrong)
+                fill(first, *others, wrong)
     for name in ("pack_codes", "repack_bit_stream"):
         with pytest.raises(RuntimeError, match="bits is 5"):
             getattr(torch.ops.autoq, name)(*calls[name][:-1], 5, room)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from autoq import ops
+from autoq.extension import extension_missing
 from autoq.nn import held
 
-NATIVE = ops.extension_missing() is None
+NATIVE = extension_missing() is None
 CONTENTS = [held._PlainContents, *([held._NativeContents] if NATIVE else [])]
 PLACES = [held._PlainPlaces, *([held._NativePlaces] if NATIVE else [])]
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from autoq import ops
 from autoq.nn import QuantLinear
+from autoq.packed import pack
 from autoq.quantization.weight import QuantizedWeight, dequantize, quantize
 
 MODES = ops.MODES
@@ -51,7 +52,7 @@ def bound(mode: str, dtype: torch.dtype) -> float:
 
 def every_capability(input: Tensor, weight: QuantizedWeight, bias: Tensor | None, mode: str) -> list[Tensor]:
     """The result of each set of kernels."""
-    packed, results = ops.pack(weight), []
+    packed, results = pack(weight), []
     if EXTENSION is None:
         return [run_linear(input, weight, bias, mode)]
     before = EXTENSION.cpu_capability()

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight
 from autoq.quantization.weight import QuantizedWeight
 
 
@@ -43,7 +43,7 @@ class TensorSpec(NamedTuple):
 class Format(Protocol):
     """One on-disk layout of a quantized weight, without its bias. A module of this package that has a FORMAT adds one.
 
-    What `repack` makes of `pack(weight)` is `autoq.ops.pack(weight)`, bit for bit.
+    What `repack` makes of `pack(weight)` is `autoq.packed.pack(weight)`, bit for bit.
     """
 
     @property
@@ -61,4 +61,4 @@ class Format(Protocol):
 
     def repack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, into: PackedWeight) -> None:
         """Puts the weight that tensors matching `tensors(spec)` hold into the layout of the operators: its codes by an
-        operator of its own (`autoq.ops.define_packing`), as dense.py and gemm.py do, or `autoq::pack_codes`."""
+        operator of its own (`autoq.packed.define_packing`), as dense.py and gemm.py do, or `autoq::pack_codes`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autoq.formats.base import LinearSpec, TensorSpec
-from autoq.ops import PackedWeight, define_packing, pack_some_at_a_time
+from autoq.packed import PackedWeight, define_packing, pack_some_at_a_time
 from autoq.quantization.weight import QuantizedWeight, symmetric_zeros
 
 # Eight codes fill a whole number of bytes, whatever their width.

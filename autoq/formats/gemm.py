@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoq.formats.base import LinearSpec, TensorSpec
-from autoq.ops import PackedWeight, define_packing, pack_some_at_a_time
+from autoq.packed import PackedWeight, define_packing, pack_some_at_a_time
 from autoq.quantization.weight import QuantizedWeight
 
 _PER_WORD = 8

@@ -36,7 +36,8 @@ from autoq.nn.held import HeldTensors
 from autoq.nn.linear import DenseLinear, QuantLinear
 from autoq.nn.spread import is_mover
 from autoq.nn.stand_in import StandIn, is_plain_call
-from autoq.ops import LANES, MODES, PackedWeight
+from autoq.ops import MODES
+from autoq.packed import LANES, PackedWeight
 
 try:
     from transformers.utils.output_capturing import _active_collector

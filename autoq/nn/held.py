@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoq import ops
+from autoq.extension import extension_missing
 
 
 class _PlainContents:
@@ -52,7 +52,7 @@ class _NativeContents:
         return current
 
 
-Contents: Any = _PlainContents if ops.extension_missing() else _NativeContents
+Contents: Any = _PlainContents if extension_missing() else _NativeContents
 
 
 class _PlainPlaces:
@@ -84,7 +84,7 @@ class _NativePlaces:
 def _places(tensors: list[Tensor]) -> Any:
     # Subclasses may know no operators of ours, and where torch swaps a module's tensors, nothing native may hold them.
     plain = any(type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) for tensor in tensors)
-    if plain or ops.extension_missing() or torch.__future__.get_swap_module_params_on_conversion():
+    if plain or extension_missing() or torch.__future__.get_swap_module_params_on_conversion():
         return _PlainPlaces(tensors)
     return _NativePlaces(tensors)
 

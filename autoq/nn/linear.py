@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from autoq import ops
 from autoq.formats.base import LinearSpec
-from autoq.ops import PackedWeight
+from autoq.packed import PackedWeight, pack, unpack
 from autoq.quantization.weight import QuantizedWeight
 
 
 class QuantModule(nn.Module):
     """A module with a quantized weight `[out, in]`, packed; the codes are its only copy of the weight.
 
-    Buffers: `codes`, `scales`, `zeros` in the packed layout of `autoq.ops`.
+    Buffers: `codes`, `scales`, `zeros` in the packed layout of `autoq.packed`.
     """
 
     codes: Tensor
@@ -36,7 +36,7 @@ class QuantModule(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as it was packed."""
         spec = self.spec
-        return ops.unpack(self.packed(), spec.bits, spec.out_features, spec.in_features, not spec.zero_point)
+        return unpack(self.packed(), spec.bits, spec.out_features, spec.in_features, not spec.zero_point)
 
     def packed(self) -> PackedWeight:
         """The tensors that the operators take."""
@@ -81,7 +81,7 @@ class QuantLinear(QuantModule):
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> QuantLinear:
         """Packs a quantized weight."""
-        return cls(_spec_of(weight), ops.pack(weight), bias)
+        return cls(_spec_of(weight), pack(weight), bias)
 
     @classmethod
     def empty(cls, spec: LinearSpec, bias: Tensor | None = None) -> QuantLinear:
@@ -132,7 +132,7 @@ class QuantEmbedding(QuantModule):
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, dtype: torch.dtype) -> QuantEmbedding:
         """Packs a quantized weight, a row for each token."""
-        return cls(_spec_of(weight), ops.pack(weight), dtype)
+        return cls(_spec_of(weight), pack(weight), dtype)
 
     @classmethod
     def empty(cls, spec: LinearSpec, dtype: torch.dtype) -> QuantEmbedding:

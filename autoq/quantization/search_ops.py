@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoq import ops  # loads the extension
+from autoq.packed import LANES
 from autoq.quantization.weight import fake_quantize, nearest_codes
 
 # Beyond this the Gram matrix of a group does not stay in a cache beside its weights, and torch multiplies faster.
@@ -104,7 +104,7 @@ def group_errors(weights: Tensor, low: Tensor, high: Tensor, gram: Tensor, bits:
     """
     arguments = weights, low.squeeze(2), high.squeeze(2), gram, bits, zero_point
     size = weights.shape[2]
-    if weights.dtype == torch.float32 and size % ops.LANES == 0 and size <= _LARGEST_NATIVE_GROUP:
+    if weights.dtype == torch.float32 and size % LANES == 0 and size <= _LARGEST_NATIVE_GROUP:
         errors: Tensor = torch.ops.autoq.group_errors.default(*arguments)
     else:
         errors = _reference_group_errors(*arguments)

@@ -17,12 +17,14 @@ constexpr std::size_t kPage = std::size_t{1} << 21;
 constexpr std::size_t kStep = 4 * sizeof(Vector);
 constexpr std::size_t kAhead = 4096;
 
-// Four independent sums, so that the loads and not the additions set the pace.
+// Four independent sums, so that the loads and not the additions set the pace. Some processors read faster when they
+// are asked for memory ahead of time, others are slowed down by it.
+template <bool kAsksAhead>
 long long sum(const char* data, std::size_t bytes) {
     Vector a{}, b{}, c{}, d{};
     for (std::size_t i = 0; i + kStep <= bytes; i += kStep) {
         const auto* line = reinterpret_cast<const Vector*>(data + i);
-        for (std::size_t j = 0; j < kStep; j += sizeof(Vector)) __builtin_prefetch(data + i + kAhead + j);
+        for (std::size_t j = 0; kAsksAhead && j < kStep; j += sizeof(Vector)) __builtin_prefetch(data + i + kAhead + j);
         a += line[0];
         b += line[1];
         c += line[2];
@@ -60,11 +62,14 @@ char* make_buffer(std::size_t bytes, int threads) {
 }
 
 // Seconds that one read of the buffer takes; each thread reads a contiguous part.
-double read_buffer(const char* data, std::size_t bytes, int threads) {
+double read_buffer(const char* data, std::size_t bytes, int threads, bool asks_ahead) {
     const std::size_t part = bytes / threads / kStep * kStep;
     std::vector<long long> sums(threads);
     const auto start = std::chrono::steady_clock::now();
-    on_threads(threads, [&](int i) { sums[i] = sum(data + part * i, part); });
+    on_threads(threads, [&](int i) {
+        const char* own = data + part * i;
+        sums[i] = asks_ahead ? sum<true>(own, part) : sum<false>(own, part);
+    });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     volatile long long used = 0;
     for (long long part_sum : sums) used = used + part_sum;

@@ -18,7 +18,7 @@ class Bandwidth:
         self._library.make_buffer.restype = ctypes.c_void_p
         self._library.make_buffer.argtypes = [ctypes.c_size_t, ctypes.c_int]
         self._library.read_buffer.restype = ctypes.c_double
-        self._library.read_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._library.read_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool]
 
     def versions(self) -> dict[str, str]:
         return {}
@@ -31,8 +31,13 @@ class Bandwidth:
             raise MemoryError(f"there are no {size} bytes for the probe of the read bandwidth")
 
     def measure(self, threads: int, passes: int = 3) -> float:
-        """GB/s, the best of a few passes: a limit is what the machine can do, not what it mostly does."""
-        seconds = min(self._library.read_buffer(self._buffer, self._size, threads) for _ in range(passes))
+        """GB/s, the best of a few passes with and without prefetching: a limit is what the machine can do, not what it
+        mostly does."""
+        seconds = min(
+            self._library.read_buffer(self._buffer, self._size, threads, asks_ahead)
+            for _ in range(passes)
+            for asks_ahead in (False, True)
+        )
         return self._size / seconds / 1e9
 
 

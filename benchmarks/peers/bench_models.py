@@ -23,10 +23,12 @@ class Engine(NamedTuple):
     cls: str
     file: str
     reference: str  # the model that its logits are compared with
+    options: dict[str, Any] = {}  # noqa: RUF012 - keywords of from_quantized; nobody writes to them
 
 
 ENGINES = {
     "autoq": Engine("autoq", "torch_models", "AutoQ", "asymmetric", "asymmetric"),
+    "autoq int8": Engine("autoq", "torch_models", "AutoQ", "asymmetric", "asymmetric", {"mode": "int8"}),
     "autoq, 8-bit head": Engine("autoq", "torch_models", "AutoQ", "asymmetric_head8", "asymmetric_head8"),
     "autoq, 4-bit head": Engine("autoq", "torch_models", "AutoQ", "asymmetric_head4", "asymmetric_head4"),
     "autoq 3 bits, 4-bit head": Engine("autoq", "torch_models", "AutoQ", "3bit_head4", "3bit_head4"),
@@ -67,7 +69,7 @@ class ModelBench:
         """The engines by name, with their options."""
         engines: dict[str, tuple[Engine, dict[str, Any]]] = {}
         for name in self._arguments.engines:
-            engines[name] = ENGINES[name], {}
+            engines[name] = ENGINES[name], ENGINES[name].options
             if name == "autoq":
                 variants = self._arguments.variant.items()
                 engines |= {f"autoq {variant}": (ENGINES[name], options) for variant, options in variants}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autoq import __version__, ops
+from autoq.packed import PackedWeight, pack
 from autoq.quantization.weight import QuantizedWeight, dequantize
 from peers.matmul import Kernel, MatmulWorker, copies_beyond, load_weight
 
@@ -57,21 +58,25 @@ class TorchMatmul(MatmulWorker):
 
 
 def _autoq_kernels(weight: QuantizedWeight, cache_bytes: int) -> dict[str, Kernel]:
-    """autoq with bf16 and fp32 activations, and each other mode that its linear has."""
-    first = ops.pack(weight)
+    """autoq in each mode that its linear has, with bf16 and fp32 activations."""
+    first = pack(weight)
     size = sum(part.nbytes for part in first)
-    packed = [ops.PackedWeight(*(part.clone() for part in first)) for _ in range(copies_beyond(cache_bytes, size))]
+    packed = [PackedWeight(*(part.clone() for part in first)) for _ in range(copies_beyond(cache_bytes, size))]
     exact = [_autoq(one, len(weight.codes)) for one in packed]
     kernels: dict[str, Kernel] = {
         "autoq": _TorchKernel(exact, size),
         "autoq, fp32 activations": _TorchKernel(exact, size, torch.float32),
     }
     if "mode" in inspect.signature(ops.linear).parameters:
-        kernels["autoq int8"] = _TorchKernel([_autoq(one, len(weight.codes), mode="int8") for one in packed], size)
+        int8 = [_autoq(one, len(weight.codes), mode="int8") for one in packed]
+        kernels |= {
+            "autoq int8": _TorchKernel(int8, size),
+            "autoq int8, fp32 activations": _TorchKernel(int8, size, torch.float32),
+        }
     return kernels
 
 
-def _autoq(packed: ops.PackedWeight, out_features: int, **options: str) -> _Product:
+def _autoq(packed: PackedWeight, out_features: int, **options: str) -> _Product:
     return lambda x: ops.linear(x, packed, None, 4, out_features, **options)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from writing import write_results
 
 _Record = dict[str, Any]
 
 
 def write(results: dict[str, Any], path: Path) -> None:
     """Writes `path` with the endings .md, .json and, where matplotlib is installed, .svg."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
+    write_results(path, results, markdown(results))
     if results["decode"] and results["prefill"]:
         _plot(results, path.with_suffix(".svg"))
 

@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from autoq import AutoQForCausalLM, __version__, ops
+from autoq import AutoQForCausalLM, __version__
 from autoq.evaluation.speed import greedy_step, model_bytes
+from autoq.extension import extension_missing
 from peers.model import ModelWorker, random_tokens
 
 
@@ -73,7 +74,7 @@ class AutoQ(_TorchModel):
     """A quantized checkpoint; the options are those of `from_quantized`."""
 
     def versions(self) -> dict[str, str]:
-        native = ops.extension_missing()
+        native = extension_missing()
         return {"autoq": __version__ if native is None else f"{__version__} (extension {native})"} | super().versions()
 
     def _load_model(self, path: str, **options: Any) -> Any:
