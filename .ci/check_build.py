@@ -1,7 +1,7 @@
 """Checks what was built: the native extension, and the GPU code of every architecture where a toolkit is there.
 
-Of the GPU code, that the kernels have the instructions they are written for, and no register was spilled to memory:
-what a compiler does silently, and what tests without a GPU cannot see.
+Of the GPU code, that the kernels have the instructions they are written for, no register was spilled to memory, and
+what has to wait for earlier kernels does: what a compiler does silently, and what tests without a GPU cannot see.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ WANTED_OF_HOPPER = {
 }
 # Reads and writes of a thread's own memory.
 SPILLS = ("LDL", "STL")
+# The wait for earlier kernels (csrc/cuda/overlap.h), and what must not come before it: accesses to global memory. But
+# linear_kernel copies weights by then.
+WAIT = "ACQBULK"
+ACCESSES = ("LD", "LDG", "ST", "STG", "ATOM", "ATOMG", "RED", "LDGSTS", "UBLKCP")
+EARLY = f"an access before {WAIT}"
 
 
 def main() -> str | None:
@@ -46,17 +51,16 @@ def main() -> str | None:
         return "a CUDA toolkit is here, but the extension was built without CUDA" if has_toolkit else None
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        print("the GPU code was not looked at, for want of cuobjdump")
-        return None
+        return "the GPU code cannot be looked at: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     return check_instructions(cuobjdump, Path(_C.__file__), info["cuda_architectures"])
 
 
 def find_cuobjdump() -> Path | None:
-    """The toolkit's disassembler, or the one that comes with Triton."""
+    """The toolkit's disassembler, or the one from the package nvidia-cuda-cuobjdump."""
     folders = ["/usr/local/cuda/bin"]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    nvidia = importlib.util.find_spec("nvidia")
+    for place in (nvidia and nvidia.submodule_search_locations) or []:
+        folders += map(str, Path(place).glob("cu*/bin"))
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(folders))
     return None if found is None else Path(found)
 
@@ -73,25 +77,28 @@ def check_instructions(cuobjdump: Path, library: Path, architectures: str) -> st
 
 
 def instructions(cuobjdump: Path, library: Path, architecture: str) -> dict[str, Counter[str]]:
-    """How often each kernel has each instruction, by its full name and by its first part."""
+    """How often each kernel has each instruction, by its full name and by its first part; and EARLY."""
     # The disassembler that cuobjdump calls lies beside it.
     environment = {"PATH": f"{cuobjdump.parent}:/usr/bin:/bin"}
     command = [str(cuobjdump), "-sass", "-arch", architecture, str(library)]
     kernels: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    kernel = ""
+    kernel, accesses = "", 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if match := re.search(r"Function : (\S+)", line):
-                kernel = match[1]
-            elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-                names = {match[1], match[1].partition(".")[0]}
-                kernels[kernel].update(names)
+                kernel, accesses = match[1], 0
+            elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", line):
+                name = match[1].partition(".")[0]
+                kernels[kernel].update({match[1], name})
+                accesses += name in ACCESSES and not (name == "LDGSTS" and "linear_kernel" in kernel)
+                if name == WAIT:
+                    kernels[kernel][EARLY] += accesses
     return dict(kernels)
 
 
 def problems_of(architecture: str, kernels: dict[str, Counter[str]]) -> list[str]:
-    problems = []
+    problems = [f"{architecture}: {kernel} has {EARLY}" for kernel, counts in kernels.items() if counts[EARLY]]
     for wanted, names in (WANTED | WANTED_OF_HOPPER if architecture == "sm_90a" else WANTED).items():
         found = {kernel: counts for kernel, counts in kernels.items() if wanted in kernel}
         if not found:
