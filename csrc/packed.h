@@ -95,6 +95,12 @@ struct PackedTensors {
         return part;
     }
 
+    // Whether one of the tensors is not the one that was given.
+    bool copies(const Tensor& codes_, const Tensor& scales_, const Tensor& zeros_) const {
+        return codes.data_ptr() != codes_.data_ptr() || scales.data_ptr() != scales_.data_ptr() ||
+               zeros.data_ptr() != zeros_.data_ptr();
+    }
+
     void check_on_cpu() const {
         STD_TORCH_CHECK(codes.is_cpu() && scales.is_cpu() && zeros.is_cpu(),
                         "autoq: codes, scales and zeros must all be on the CPU, as the input is; move them there");

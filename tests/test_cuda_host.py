@@ -157,6 +157,7 @@ def run_linear(
     plan: Plan | None = None,
     order: str = "ascending",
     columns: int | None = None,
+    overlaps: bool = False,
 ) -> Tensor:
     """The kernel's product; whatever it leaves unwritten is NaN, as is its workspace at the start."""
     out_features, in_features = weight.codes.shape
@@ -171,7 +172,8 @@ def run_linear(
     packed = pack(weight)
     sizes = (weight.bits, out_features, in_features, packed.scales.shape[1])
     problem = (input, cuda_host.DTYPES[input.dtype], rows, input.shape[1], bias, out)
-    run("host_linear", *packed, *sizes, *problem, workspace, counters, *map(int, plan), order=order)
+    launch = (int(overlaps), workspace, counters, *map(int, plan))
+    run("host_linear", *packed, *sizes, *problem, *launch, order=order)
     assert not counters.any()
     return out
 
@@ -202,6 +204,23 @@ def test_linear_for_any_bits_and_groups(dtype: torch.dtype, bits: int, group_siz
 def test_linear_for_any_bits_and_rows(bits: int, row_tiles: int) -> None:
     for dtype in HALF_DTYPES:
         check_linear(make_weight(64, 160, bits, 32), 8 * row_tiles - 1, dtype, Plan(row_tiles, 2, 2, 2))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_that_are_loaded_ahead_change_nothing(bits: int, order: str) -> None:
+    """Three stages are, of one tile and of several, also of tiles that differ in their rows."""
+    for rows, in_features, plan in (
+        (3, 1024, Plan(1, 2, 1, 2)),
+        (3, 160, Plan(1, 1, 2, 3)),
+        (3, 160, Plan(1, 1, 1, 1)),
+        (11, 96, Plan(1, 1, 1, 1)),
+        (3, 96, Plan(4, 1, 1, 4)),
+    ):
+        weight, input = make_weight(80, in_features, bits, 32), make_input(rows, in_features, dtype=torch.bfloat16)
+        bias = make_input(80, dtype=torch.bfloat16, seed=2)
+        result = run_linear(input, weight, bias, plan, order, overlaps=True)
+        assert torch.equal(result, run_linear(input, weight, bias, plan))
 
 
 @pytest.mark.parametrize(

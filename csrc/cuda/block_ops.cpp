@@ -14,11 +14,6 @@ namespace {
 // From so many tokens on torch's attention, which multiplies with tensor cores, is faster than ours.
 constexpr int64_t kManyTokens = 17;
 
-void check_launch(const char* error) {
-    STD_TORCH_CHECK(error == nullptr,
-                    "autoq: a CUDA kernel of decoder blocks, or of what is around them, was not launched: ", error);
-}
-
 class CudaDevice : public BlockDevice {
   public:
     // The device of this tensor.
@@ -31,7 +26,7 @@ class CudaDevice : public BlockDevice {
     Values linear(const Values& input, const Projection& projection, Workspace&) const override {
         const PackedTensors& packed = projection.packed;
         return values_of(linear_cuda(input->tensor, packed.codes, packed.scales, packed.zeros, projection.bias,
-                                     packed.weight.bits, packed.weight.out_features, "exact"));
+                                     packed.weight.bits, packed.weight.out_features, has_launched_));
     }
 
     void norm(const Norm& norm, const Buffer& input, const Buffer& output) const override {
@@ -95,9 +90,17 @@ class CudaDevice : public BlockDevice {
     }
 
   private:
+    void check_launch(const char* error) const {
+        STD_TORCH_CHECK(error == nullptr,
+                        "autoq: a CUDA kernel of decoder blocks, or of what is around them, was not launched: ", error);
+        has_launched_ = true;
+    }
+
     int32_t index_;
     torch::stable::accelerator::DeviceGuard guard_;
     void* stream_;
+    // From the first kernel of a step on, none of which writes a weight, linears may overlap with the one before.
+    mutable bool has_launched_ = false;
 };
 
 Tensor decoder_blocks_cuda(const Tensor& hidden, const std::vector<Tensor>& keys, const std::vector<Tensor>& values,

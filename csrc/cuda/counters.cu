@@ -9,10 +9,11 @@
 namespace autoq::cuda {
 namespace {
 
-// Launches that may run at the same time must not share counters. Those of one stream follow each other; but graphs
-// that were captured on one stream may run at the same time, so every capture has a set of its own, until the sets for
-// captures are used up and the oldest is taken again; likewise for streams. Memory of the module is zero from the
-// start: nothing has to be allocated or cleared, which matters while a graph is captured.
+// Launches that may run at the same time must not share counters. Those of one stream touch them one after the
+// other, even where they overlap; but graphs that were captured on one stream may run at the same time, so every
+// capture has a set of its own, until the sets for captures are used up and the oldest is taken again; likewise for
+// streams. Memory of the module is zero from the start: nothing has to be allocated or cleared, which matters while a
+// graph is captured.
 constexpr int kStreamSets = 64, kCaptureSets = 448;
 __device__ uint32_t all_counters[kStreamSets + kCaptureSets][kMostCounters];
 

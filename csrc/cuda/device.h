@@ -272,9 +272,10 @@ inline const char* device_properties(DeviceProperties& found) {
     return entry.error;
 }
 
-// Lets a kernel use as much shared memory as the device has. Every thread asks for the same, whatever its launch needs:
-// were it less, another thread's launch could come between.
-inline const char* allow_shared_memory(const void* function) {
+// Lets a kernel use as much shared memory as the device has, which for more than 48 KiB has to be asked for. Every
+// thread asks for the same, whatever its launch needs: were it less, another thread's launch could come between.
+inline const char* allow_shared_memory(const void* function, const LaunchShape& shape) {
+    if (shape.shared_bytes <= 48 * 1024) return nullptr;
     DeviceProperties device{};
     cudaFuncAttributes attributes{};
     if (const char* error = device_properties(device)) return error;
@@ -289,9 +290,7 @@ template <typename... Parameters>
 const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
                    std::type_identity_t<Parameters>... arguments) {
     const auto* function = reinterpret_cast<const void*>(kernel);
-    if (shape.shared_bytes > 48 * 1024) {  // more has to be asked for
-        if (const char* error = allow_shared_memory(function)) return error;
-    }
+    if (const char* error = allow_shared_memory(function, shape)) return error;
     void* pointers[] = {&arguments...};
     const dim3 grid(shape.grid.x, shape.grid.y, shape.grid.z), block(shape.block.x, shape.block.y, shape.block.z);
     return message(

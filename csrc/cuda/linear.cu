@@ -160,6 +160,7 @@ const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* w
     a.warps_across = plan.warps_across;
     a.slices = plan.slices;
     a.input_rows = input_rows_of(plan, problem.rows);
+    a.early_stages = problem.overlaps ? kStages - 1 : 0;
 
     const LaunchShape shape{{static_cast<unsigned>(blocks)},
                             {static_cast<unsigned>(plan.warps_across * plan.slices * 32)},

@@ -26,6 +26,9 @@ struct LinearProblem {
     int64_t columns;   // a multiple of 8, at least in_features; those behind must be zero
     const void* bias;  // [out_features] or null
     void* out;         // [rows, out_features]
+    // Whether the weight may be read while the kernel before still runs (overlap.h). That one must not write it, and
+    // must wait for those before it. Warpgroups do not make use of it.
+    bool overlaps;
 };
 
 // Up to so many rows the kernels below multiply; for more, it pays to dequantize the weight and let cuBLAS multiply. An
@@ -51,7 +54,8 @@ int64_t linear_workspace(const LinearPlan& plan, const PackedWeight& weight, int
 
 // Launches on the stream (a cudaStream_t). `counters`, one for each block, must be zero and are zero again afterwards;
 // they are for shared tiles alone. `workspace`, aligned to 16 bytes, need not be initialized. Neither may be in use by
-// another launch at the same time. Returns null, or what went wrong.
+// another launch at the same time, but for one that this launch waits for, as it does for all before it on the stream.
+// Returns null, or what went wrong.
 const char* linear(const LinearProblem& problem, const LinearPlan& plan, void* workspace, uint32_t* counters,
                    void* stream);
 

@@ -22,6 +22,7 @@
 #pragma once
 
 #include "linear_launch.h"
+#include "overlap.h"
 
 namespace autoq::cuda {
 
@@ -39,19 +40,39 @@ class Loader {
           place_(place),
           buffers_(shared_address(buffers)),
           policy_(read_policy(a.row_parts == 1)),  // other parts read the same weights
-
           walk_(a, place, begin, end) {
         start_tile();
     }
 
-    // The slice's next stage, into the buffer behind the last one.
-    __device__ __forceinline__ void next() {
-        if (!walk_.is_done()) {
-            load(buffers_ + buffer_ * a_.stage_bytes(kBits));
-            if (walk_.advance(a_)) start_tile();
+    // The slice's first stages, all but one of those that there is room for. Here the kernel waits for those before it:
+    // nothing but the weight may be touched until then.
+    __device__ __forceinline__ void begin() {
+        const Walk first = walk_;
+        const int early_stages = kOverlaps ? a_.early_stages : 0;
+#pragma unroll 1
+        for (int i = 0; i < early_stages; ++i) advance([&](SharedAddress buffer) { load_weight(buffer); });
+        walk_ = first;
+        buffer_ = 0;
+        start_tile();
+        wait_for_earlier_kernels();
+        let_the_next_kernel_start();
+#pragma unroll 1
+        for (int i = 0; i < kStages - 1; ++i) {
+            advance([&](SharedAddress buffer) {
+                if (i >= early_stages) load_weight(buffer);
+                load_input(buffer);
+            });
+            copy_async_commit();
         }
+    }
+
+    // The slice's next stage.
+    __device__ __forceinline__ void next() {
+        advance([&](SharedAddress buffer) {
+            load_weight(buffer);
+            load_input(buffer);
+        });
         copy_async_commit();
-        buffer_ = (buffer_ + 1) % kStages;
     }
 
     // Until the oldest stage is there that was not waited for, of all warps of the slice, and nobody reads the buffer
@@ -94,17 +115,26 @@ class Loader {
     __device__ __forceinline__ int input_row() const { return (place_.across * 32 + place_.lane) / 16; }
     __device__ __forceinline__ int input_chunk() const { return place_.lane % 16; }
 
-    __device__ __forceinline__ void load(SharedAddress buffer) const {
-        const int first = walk_.stage * kStageUnits;
-        const SharedAddress parameters = buffer + a_.weight_bytes(kBits);
-        const int units = min(a_.units - first, kStageUnits);
-        load_weights(buffer + place_.across * (kStageUnits * kBits * 8 * 16), first, units);
-        load_parameters(parameters + place_.across * kParameterBytes, a_.group_of(first),
-                        a_.group_of(first + units - 1));
-        load_input(parameters + a_.warps_across * kParameterBytes, first * kUnitColumns);
+    // Past a stage, of which `load` starts copies into the buffer behind the last one's.
+    template <typename Load>
+    __device__ __forceinline__ void advance(const Load& load) {
+        if (!walk_.is_done()) {
+            load(buffers_ + buffer_ * a_.stage_bytes(kBits));
+            if (walk_.advance(a_)) start_tile();
+        }
+        buffer_ = (buffer_ + 1) % kStages;
     }
 
-    __device__ __forceinline__ void load_weights(SharedAddress to, int first, int units) const {
+    // The codes and their parameters.
+    __device__ __forceinline__ void load_weight(SharedAddress buffer) const {
+        const int first = walk_.stage * kStageUnits;
+        const int units = min(a_.units - first, kStageUnits);
+        load_codes(buffer + place_.across * (kStageUnits * kBits * 8 * 16), first, units);
+        load_parameters(buffer + a_.weight_bytes(kBits) + place_.across * kParameterBytes, a_.group_of(first),
+                        a_.group_of(first + units - 1));
+    }
+
+    __device__ __forceinline__ void load_codes(SharedAddress to, int first, int units) const {
         const uint32_t* from[kPatterns];
 #pragma unroll
         for (int i = 0; i < kPatterns; ++i) from[i] = codes_[i] + static_cast<int64_t>(first) * kUnitWords;
@@ -127,11 +157,12 @@ class Loader {
         }
     }
 
-    __device__ __forceinline__ void load_input(SharedAddress to, int first_column) const {
+    __device__ __forceinline__ void load_input(SharedAddress buffer) const {
         // Chunks of odd rows trade places, so that lanes of two rows read from different banks.
-        const int step = a_.warps_across * 2;
+        const int step = a_.warps_across * 2, first_column = walk_.stage * kStageColumns;
         const bool inside = first_column + input_chunk() * 8 < a_.columns;
         const uint16_t* from = input_ + (inside ? first_column : 0);
+        SharedAddress to = buffer + a_.weight_bytes(kBits) + a_.warps_across * kParameterBytes;
         to = to + input_row() * kInputRowBytes + (input_chunk() ^ (input_row() % 2 * 4)) * 16;
 #pragma unroll 1
         for (int row = input_row(); row < rows_; row += step) {
@@ -238,11 +269,15 @@ __global__ void __launch_bounds__(max_threads(kTiles)) linear_kernel(const Linea
 template <typename T, int kBits>
 const char* launch_linear_tiles(const LinearArguments& arguments, int row_tiles, const LaunchShape& shape,
                                 void* stream) {
-    if (row_tiles == 1) return launch(linear_kernel<T, kBits, 1>, shape, stream, arguments);
-    if (row_tiles == 4) return launch(linear_kernel<T, kBits, 4>, shape, stream, arguments);
+    const auto start = [&](auto kernel) {
+        return arguments.early_stages ? launch_overlapping(kernel, shape, stream, arguments)
+                                      : launch(kernel, shape, stream, arguments);
+    };
+    if (row_tiles == 1) return start(linear_kernel<T, kBits, 1>);
+    if (row_tiles == 4) return start(linear_kernel<T, kBits, 4>);
     if constexpr (has_kernel(kBits, 2)) {
-        if (row_tiles == 2) return launch(linear_kernel<T, kBits, 2>, shape, stream, arguments);
-        if (row_tiles == 8) return launch(linear_kernel<T, kBits, 8>, shape, stream, arguments);
+        if (row_tiles == 2) return start(linear_kernel<T, kBits, 2>);
+        if (row_tiles == 8) return start(linear_kernel<T, kBits, 8>);
     }
     return "there is no kernel for these bits and rows";
 }

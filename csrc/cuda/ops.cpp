@@ -84,7 +84,7 @@ Tensor multiply_many(const PackedTensors& packed, const Tensor& input, const std
 // ---- few rows: our kernels ------------------------------------------------------------------------------------------
 
 Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std::optional<Tensor>& bias_,
-                    const cuda::LinearPlan& plan, void* stream) {
+                    const cuda::LinearPlan& plan, bool overlaps, void* stream) {
     const PackedWeight& weight = packed.weight;
     // Rows must start at multiples of 16 bytes.
     const int64_t columns = weight.in_features % 8 ? weight.units * kUnitColumns : weight.in_features;
@@ -101,7 +101,7 @@ Tensor multiply_few(const PackedTensors& packed, const Tensor& input_, const std
         workspace = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
     }
     const cuda::LinearProblem problem{weight,  float_of(input.scalar_type()),     input.data_ptr(), input.size(0),
-                                      columns, bias ? bias->data_ptr() : nullptr, out.data_ptr()};
+                                      columns, bias ? bias->data_ptr() : nullptr, out.data_ptr(),   overlaps};
     check_launched(cuda::linear(problem, plan, workspace ? workspace->data_ptr() : nullptr, counters, stream),
                    "linear");
     return out;
@@ -134,10 +134,8 @@ struct Multiplication {
 
 }  // namespace
 
-// The mode is about the CPU: here, products are exact and their sums fp32, in either.
 Tensor linear_cuda(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                   const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode) {
-    check_linear(input, bias, out_features, mode);
+                   const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, bool overlaps) {
     check_on_device("linear", codes, scales, zeros);
     STD_TORCH_CHECK(input.device() == codes.device(),
                     "autoq::linear: input must be on the CUDA device of the weight; move it there");
@@ -150,7 +148,19 @@ Tensor linear_cuda(const Tensor& input, const Tensor& codes, const Tensor& scale
     }
     cuda::LinearPlan plan;
     check_launched(cuda::plan_linear(m.packed.weight, rows, plan), "linear");
-    return m.in_shape(multiply_few(m.packed, m.input, bias, plan, m.stream));
+    // A copy may have been made by the kernel directly before.
+    overlaps = overlaps && !m.packed.copies(codes, scales, zeros);
+    return m.in_shape(multiply_few(m.packed, m.input, bias, plan, overlaps, m.stream));
+}
+
+namespace {
+
+// The mode is about the CPU: here, products are exact and their sums fp32, in either.
+Tensor linear(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+              const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode) {
+    check_linear(input, bias, out_features, mode);
+    const bool overlaps = false;  // what ran before is not known
+    return linear_cuda(input, codes, scales, zeros, bias, bits, out_features, overlaps);
 }
 
 // linear by our kernels with a plan of the caller's choice, for benchmarks/tune_linear.py alone.
@@ -170,10 +180,9 @@ Tensor linear_with_plan(const Tensor& input, const Tensor& codes, const Tensor& 
                                 whole_tiles,
                                 warpgroups};
     STD_TORCH_CHECK(cuda::is_possible(plan, static_cast<int>(bits)), "autoq::linear_with_plan: there is no such plan");
-    return m.in_shape(multiply_few(m.packed, m.input, std::nullopt, plan, m.stream));
+    const bool overlaps = false;
+    return m.in_shape(multiply_few(m.packed, m.input, std::nullopt, plan, overlaps, m.stream));
 }
-
-namespace {
 
 Tensor dequantize_cuda(const Tensor& codes, const Tensor& scales, const Tensor& zeros, int64_t bits,
                        int64_t out_features, int64_t in_features, ScalarType dtype) {
@@ -198,7 +207,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autoq, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autoq, CUDA, m) {
-    m.impl("linear", TORCH_BOX(&linear_cuda));
+    m.impl("linear", TORCH_BOX(&linear));
     m.impl("linear_with_plan", TORCH_BOX(&linear_with_plan));
     m.impl("dequantize", TORCH_BOX(&dequantize_cuda));
 }

@@ -8,8 +8,8 @@
 
 namespace autoq {
 
-// autoq::linear.
+// autoq::linear, without check_linear. overlaps: see cuda::LinearProblem.
 Tensor linear_cuda(const Tensor& input, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                   const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, const std::string& mode);
+                   const std::optional<Tensor>& bias, int64_t bits, int64_t out_features, bool overlaps);
 
 }  // namespace autoq

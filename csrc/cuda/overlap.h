@@ -2,26 +2,24 @@
 //
 // A decoded token is some hundreds of kernels of a few microseconds, each waiting for the one before. From Hopper on
 // the next one is launched while the last still runs (programmatic dependent launch): it waits for results in its first
-// line, where it would otherwise wait for its own launch. Every kernel launched this way has to do so before it touches
-// memory, be it to write: only then is all complete that was launched before the one before it.
+// lines, where it would otherwise wait for its own launch. Every thread of a kernel launched this way has to do so
+// before it touches memory, be it to write: only then is all complete that was launched before the one before it, so
+// that kernels can pass on what they share (counters, scratch, memory that torch hands out again). The exception is
+// what the kernel directly before does not write, if that one waits itself: a linear reads some of its weight first.
 #pragma once
 
 #include "device.h"
 
 namespace autoq::cuda {
 
-#ifdef AUTOQ_CUDA_HOST
+#ifndef AUTOQ_CUDA_HOST  // where tests/cuda_host/host.h has them
 
-inline void wait_for_earlier_kernels() {}
-inline void let_the_next_kernel_start() {}
-
-template <typename... Parameters, typename... Arguments>
-const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
-                               Arguments... arguments) {
-    return launch(kernel, shape, stream, arguments...);
-}
-
+// Whether kernels overlap on the architecture that is compiled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kOverlaps = false;
 #else
+constexpr bool kOverlaps = true;
+#endif
 
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
@@ -37,14 +35,15 @@ __device__ __forceinline__ void let_the_next_kernel_start() {
 }
 
 // `launch`, for a kernel that calls wait_for_earlier_kernels.
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
-                               Arguments... arguments) {
+                               std::type_identity_t<Parameters>... arguments) {
     // What runs may have been made from code for an older architecture, which does not wait.
     cudaFuncAttributes attributes{};
     const auto* function = reinterpret_cast<const void*>(kernel);
     if (const char* error = message(cudaFuncGetAttributes(&attributes, function))) return error;
     if (attributes.ptxVersion < 90) return launch(kernel, shape, stream, arguments...);
+    if (const char* error = allow_shared_memory(function, shape)) return error;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(shape.grid.x, shape.grid.y, shape.grid.z);
     config.blockDim = dim3(shape.block.x, shape.block.y, shape.block.z);
@@ -55,7 +54,7 @@ const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape&
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return message(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+    return message(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 #endif

@@ -37,7 +37,8 @@ struct LinearArguments {
     // `longer` ones, one more.
     int quantum, each, longer;
     int warps_across, slices;
-    int input_rows;  // rows of a tile that shared memory has room for
+    int input_rows;    // rows of a tile that shared memory has room for
+    int early_stages;  // whose weights are loaded before the kernel waits for those before it
 
     // Exact while units times units in a group are less than 2^32.
     AUTOQ_HOST_DEVICE int group_of(int unit) const {
@@ -291,9 +292,7 @@ template <typename T, int kTiles, typename Loader, typename Multiplier>
 __device__ __forceinline__ void make_tiles(const LinearArguments& a, const Place& place, const SharedParts& parts,
                                            int stage_bytes, int begin, int end, Loader& loader,
                                            Multiplier& multiplier) {
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) loader.next();
-
+    loader.begin();
     const int units_per_group = a.groups == 1 ? kStageUnits : a.units / a.groups;
     unsigned buffer = 0;
     int at = begin + place.slice;

@@ -34,7 +34,6 @@ class BulkLoader {
           buffers_(shared_address(parts.stages)),
           barriers_(shared_address(parts.flags + 16)),
           policy_(read_policy(a.row_parts == 1)),  // other parts read the same weights
-
           walk_(a, place, begin, end) {
         if (threadIdx.x == 0) {
 #pragma unroll
@@ -43,6 +42,12 @@ class BulkLoader {
         }
         sync_threads();
         start_tile();
+    }
+
+    // The first stages, all but one of those that there is room for.
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int i = 0; i < kStages - 1; ++i) next();
     }
 
     // The next stage, into the buffer behind the last one.

@@ -5,6 +5,8 @@
 // memory between blocks goes unseen. What is checked on the way:
 //
 //   - Global memory may be touched only inside the buffers that the test has named, aligned to the access.
+//   - A kernel that may start while those before it still run touches global memory only once it has waited for them,
+//     all of its threads each for itself; weights alone may be read before.
 //   - Shared memory starts as NaN, and what lies behind its end must be untouched at the end.
 //   - A copy by cp.async makes its destination NaN at once and arrives only when its own thread waits for it: as late
 //     as the hardware may deliver it.
@@ -59,6 +61,7 @@ struct Buffer {
     size_t bytes;
     bool writable;
     std::string name;
+    bool is_weight = false;
 };
 
 struct State {
@@ -66,6 +69,7 @@ struct State {
     std::mt19937 random{0};
     std::vector<Buffer> buffers;
     std::string problem;
+    bool overlapping = false;  // the kernel that runs: it may have started early
     // The device that the launchers see.
     int multiprocessors = 4;
     int shared_bytes_per_block = 227 * 1024;
@@ -81,6 +85,8 @@ inline void report(const std::string& problem) {
     if (state().problem.empty()) state().problem = problem;
 }
 
+bool may_be_early();
+
 inline bool in_buffer(const void* pointer, size_t bytes, bool write) {
     const auto* address = static_cast<const char*>(pointer);
     char text[160];
@@ -91,6 +97,9 @@ inline bool in_buffer(const void* pointer, size_t bytes, bool write) {
     }
     for (const Buffer& buffer : state().buffers) {
         if (address < buffer.begin || address + bytes > buffer.begin + buffer.bytes) continue;
+        if (may_be_early() && (write || !buffer.is_weight)) {
+            report("an access to " + buffer.name + " by a thread that has not waited for the kernels before");
+        }
         if (!write || buffer.writable) return true;
         std::snprintf(text, sizeof(text), "a write into %s, which is only read", buffer.name.c_str());
         report(text);
@@ -120,6 +129,7 @@ struct Fiber {
     jmp_buf resume;
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool started = false, done = false, blocked = false;
+    bool has_waited = false;  // for earlier kernels
     std::vector<AsyncCopy> issued;
     std::deque<std::vector<AsyncCopy>> committed;
 };
@@ -155,6 +165,8 @@ inline Block& block() {
 inline Index3 block_index, grid_size, block_size;
 
 inline Fiber& fiber() { return block().fibers[block().current]; }
+
+inline bool may_be_early() { return state().overlapping && !fiber().has_waited; }
 
 __attribute__((noinline)) inline void suspend() {
     if (_setjmp(fiber().resume) == 0) _longjmp(block().scheduler, 1);
@@ -213,7 +225,7 @@ inline void start_block(unsigned threads, size_t shared_bytes) {
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& made = running.fibers[i];
         made.thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
-        made.started = made.done = made.blocked = false;
+        made.started = made.done = made.blocked = made.has_waited = false;
         made.issued.clear();
         made.committed.clear();
         getcontext(&made.context);
@@ -516,6 +528,22 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, void
         host::run_block(threads, shape.shared_bytes);
     }
     return nullptr;
+}
+
+// ---- overlap.h ------------------------------------------------------------------------------------------------------
+
+constexpr bool kOverlaps = true;
+
+inline void wait_for_earlier_kernels() { host::fiber().has_waited = true; }
+inline void let_the_next_kernel_start() {}
+
+template <typename... Parameters>
+const char* launch_overlapping(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+                               std::type_identity_t<Parameters>... arguments) {
+    host::state().overlapping = true;
+    const char* error = launch(kernel, shape, stream, arguments...);
+    host::state().overlapping = false;
+    return error;
 }
 
 }  // namespace autoq::cuda

@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "../../csrc/cuda/dequantize.h"
+#include "device.h"
 #include "harness.h"
 
 using namespace autoq;
@@ -58,15 +59,19 @@ AUTOQ_EXPORT const char* host_workspace(int bits, int64_t out_features, int64_t 
 AUTOQ_EXPORT const char* host_linear(const void* codes, const void* scales, const void* zeros, int bits,
                                      int64_t out_features, int64_t in_features, int64_t groups, const void* input,
                                      int dtype, int64_t rows, int64_t columns, const void* bias, void* out,
-                                     void* workspace, void* counters, int row_tiles, int warps_across, int slices,
-                                     int blocks, int whole_tiles, int warpgroups) {
+                                     int overlaps, void* workspace, void* counters, int row_tiles, int warps_across,
+                                     int slices, int blocks, int whole_tiles, int warpgroups) {
     const cuda::LinearProblem problem{packed_weight(codes, scales, zeros, bits, out_features, in_features, groups),
                                       static_cast<Float>(dtype),
                                       input,
                                       rows,
                                       columns,
                                       bias,
-                                      out};
+                                      out,
+                                      overlaps != 0};
+    for (cuda::host::Buffer& buffer : cuda::host::state().buffers) {
+        buffer.is_weight = buffer.begin == codes || buffer.begin == scales || buffer.begin == zeros;
+    }
     return cuda::linear(problem, {row_tiles, warps_across, slices, blocks, whole_tiles != 0, warpgroups != 0},
                         workspace, static_cast<uint32_t*>(counters), nullptr);
 }
