@@ -76,26 +76,27 @@ class Bench:
 
     def rounds(
         self, peers: dict[str, Any], threads: int, rounds: int, measure: Callable[[str], float]
-    ) -> tuple[dict[str, list[float]], list[float]]:
-        """What each measured in every round, and the probe's GB/s then; each round starts with another.
+    ) -> dict[str, dict[str, list[float]]]:
+        """What each measured in every round ("milliseconds"), and the probe's GB/s just before ("limit"); each round
+        starts with another.
 
         peers: by name; one that fails is left out from then on.
         """
         order = list(peers)
-        found: dict[str, list[float]] = {name: [] for name in order}
-        limits = []
+        found: dict[str, dict[str, list[float]]] = {name: {"milliseconds": [], "limit": []} for name in order}
         for i in range(rounds):
-            if self._probe is not None:
-                limits.append(self._probe.call("measure", threads=threads))
             start = i % max(len(order), 1)
             for name in order[start:] + order[:start]:
+                if name not in peers:
+                    continue
+                if self._probe is not None:
+                    found[name]["limit"].append(self._probe.call("measure", threads=threads))
                 try:
-                    if name in peers:
-                        found[name].append(measure(name))
+                    found[name]["milliseconds"].append(measure(name))
                 except WorkerError as error:
                     self.leave_out(name, error)
                     del peers[name]
-        return {name: found[name] for name in peers}, limits
+        return {name: found[name] for name in peers}
 
     def _start_probe(self) -> Worker | None:
         size = max(_LEAST_PROBE, _PROBE_CACHES * machine.last_level_cache())

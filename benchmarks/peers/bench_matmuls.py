@@ -54,17 +54,15 @@ class MatmulBench:
 
     def _matmul(self, kernels: dict[str, tuple[Worker, int]], shape: str, rows: int, threads: int) -> None:
         say(f"matmul: {threads} threads, {shape}, {rows} rows")
-        found, limits = self._bench.rounds(
+        found = self._bench.rounds(
             kernels,
             threads,
             self._arguments.rounds,
             lambda name: kernels[name][0].call("measure", kernel=name, rows=rows, threads=threads) / 1000,
         )
-        case = {"threads": threads, "shape": shape, "rows": rows, "limit": limits, "tokens": rows}
-        for name, milliseconds in found.items():
+        case = {"threads": threads, "shape": shape, "rows": rows, "tokens": rows}
+        for name, measured in found.items():
             worker, size = kernels[name]
             ask = {"kernel": name, "rows": rows, "threads": threads}
             errors = {x: worker.call("error", **ask, activations=x) for x in ("gaussian", "outliers")}
-            self._bench.results["matmul"].append(
-                case | {"engine": name, "milliseconds": milliseconds, "bytes": size, "errors": errors}
-            )
+            self._bench.results["matmul"].append(case | measured | {"engine": name, "bytes": size, "errors": errors})

@@ -170,34 +170,32 @@ class ModelBench:
         say(f"decode: {threads} threads, batch {batch}, depth {depth}")
         self._bench.each(workers, "release")
         self._bench.each(workers, "prepare", batch=batch, depth=depth, steps=steps, threads=threads)
-        found, limits = self._bench.rounds(
+        found = self._bench.rounds(
             workers,
             threads,
             self._arguments.rounds,
             lambda name: statistics.median(workers[name].call("decode", steps=steps)),
         )
         read = batch * (depth + steps / 2) * self._cache_bytes
-        case = {"threads": threads, "batch": batch, "depth": depth, "limit": limits}
-        for name, milliseconds in found.items():
+        case = {"threads": threads, "batch": batch, "depth": depth, "tokens": batch}
+        for name, measured in found.items():
             weights = self._results["engines"][name]["weight_bytes"]
-            self._results["decode"].append(
-                case | {"engine": name, "milliseconds": milliseconds, "bytes": weights + read, "tokens": batch}
-            )
+            self._results["decode"].append(case | measured | {"engine": name, "bytes": weights + read})
 
     def _prefill(self, workers: dict[str, Worker], threads: int, tokens: int) -> None:
         say(f"prefill: {threads} threads, {tokens} tokens")
         self._bench.each(workers, "release")
         self._bench.each(workers, "prefill", tokens=min(tokens, 64), threads=threads)
-        found, limits = self._bench.rounds(
+        found = self._bench.rounds(
             workers,
             threads,
             min(self._arguments.rounds, 3),
             lambda name: workers[name].call("prefill", tokens=tokens, threads=threads),
         )
-        case = {"threads": threads, "prompt": tokens, "limit": limits, "tokens": tokens}
-        for name, milliseconds in found.items():
+        case = {"threads": threads, "prompt": tokens, "tokens": tokens}
+        for name, measured in found.items():
             moved = self._results["engines"][name]["weight_bytes"] + tokens * self._cache_bytes
-            self._results["prefill"].append(case | {"engine": name, "milliseconds": milliseconds, "bytes": moved})
+            self._results["prefill"].append(case | measured | {"engine": name, "bytes": moved})
 
 
 def _size(path: Path) -> int:

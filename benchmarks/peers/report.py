@@ -21,7 +21,11 @@ def write(results: dict[str, Any], path: Path) -> None:
 def markdown(results: dict[str, Any]) -> str:
     parts = [_heading(results)]
     if results["engines"]:
-        parts += [_engines(results["engines"]), _decode(results["decode"]), _prefill(results["prefill"])]
+        parts.append(_engines(results["engines"]))
+    if results["decode"]:
+        parts.append(_decode(results["decode"]))
+    if results["prefill"]:
+        parts.append(_prefill(results["prefill"]))
     if results["matmul"]:
         parts.append(_matmul(results["matmul"]))
     return "\n\n".join(parts) + "\n"
@@ -38,8 +42,8 @@ def _heading(results: dict[str, Any]) -> str:
         _bandwidth(results),
         "Times are medians over rounds; in each round every engine takes its turn. `autoq is` says how many times as "
         "fast autoq is, the median of the ratios within a round (with the least and the largest). GB/s are the bytes "
-        "of weights and cache that a token reads over its time; `of limit` is their share of the read bandwidth in "
-        "the same round. On a machine shared with others both drift, and what caches hold can exceed the limit.",
+        "of weights and cache that a token reads over its time; `of limit` is their share of the read bandwidth just "
+        "before. On a machine shared with others both drift, and what caches hold can exceed the limit.",
     ]
     if results["same_blocks"]:
         found = ", ".join(f"{kind} {value:.5f}" for kind, value in results["same_blocks"].items())
@@ -126,7 +130,8 @@ def _rates(record: _Record) -> list[str]:
     """GB/s and their share of the limit."""
     rates = [record["bytes"] / one / 1e6 for one in record["milliseconds"]]
     shares = [rate / limit for rate, limit in zip(rates, record["limit"], strict=False)]
-    return [f"{statistics.median(rates):.1f}", f"{statistics.median(shares):.0%}" if shares else "-"]
+    share = f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})" if shares else "-"
+    return [f"{statistics.median(rates):.1f}", share]
 
 
 def _speedup(record: _Record, records: list[_Record]) -> str:
