@@ -15,12 +15,14 @@ READY := $(VENV)/.installed
 
 install: $(READY)
 
-# torch comes first: the extension is built with the torch that runs it.
+# torch comes first: the extension is built with the torch that runs it. In the mode compat, Python finds the package even
+# beside a directory that has its name, such as this one.
 $(READY): setup.py pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch ninja pybind11 setuptools
 	@echo 'building the native extension: some two minutes, with a CUDA toolkit ten'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --config-settings editable_mode=compat \
+		--editable '.[dev]'
 	@$(BIN)/python -c 'from autoq.extension import extension_missing; print("native extension:", extension_missing() or "built")'
 	touch $@
 

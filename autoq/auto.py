@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoq.architectures import architecture_of
 from autoq.checkpoint import lacks_tensor
 from autoq.config import QuantConfig
 from autoq.errors import CalibrationError, CheckpointError, ConfigError, first_line
 from autoq.evaluation.perplexity import context_length
+from autoq.inputs import explained
 from autoq.loading import check_dtype, find_checkpoint, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear, shares_head
 from autoq.nn.block import fuse_blocks
@@ -396,7 +397,14 @@ class AutoQForCausalLM(nn.Module):
         if self._interrupted:
             raise ConfigError(_INTERRUPTED)
         args, kwargs = self._on_device(args, kwargs)
-        return self.model(*args, **kwargs)
+        ids = args[0] if args else kwargs.get("input_ids")
+
+        def held() -> int:
+            cache = kwargs.get("past_key_values")
+            return cache.get_seq_length() if isinstance(cache, Cache) else 0
+
+        with explained(self.model.config, ids, held, "in the cache"):
+            return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's generate, with everything transformers offers there; input tensors are moved to its
@@ -407,7 +415,9 @@ class AutoQForCausalLM(nn.Module):
         if isinstance(assistant, AutoQForCausalLM):
             kwargs["assistant_model"] = assistant.model
         args, kwargs = self._on_device(args, kwargs)
-        return self.model.generate(*args, **kwargs)
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        with explained(self.model.config, ids, lambda: kwargs.get("max_new_tokens") or 0, "asked for"):
+            return self.model.generate(*args, **kwargs)
 
     def _on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         device = self.model.device

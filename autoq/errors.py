@@ -27,6 +27,10 @@ class CheckpointError(AutoQError, ValueError):
     """A checkpoint that is missing, truncated, inconsistent or unsafe to read."""
 
 
+class InputError(AutoQError, ValueError):
+    """Token ids that a model cannot take, or more of them than it can."""
+
+
 class OperatorError(AutoQError, ValueError):
     """An operator called with tensors of the wrong shape, dtype or device."""
 

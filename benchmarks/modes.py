@@ -3,7 +3,8 @@
     python benchmarks/modes.py --models MODELS --text FILE.txt [--bits 4] [--group-size 128] [--max-windows 40]
 
 MODELS is a directory with one model directory each. Each is quantized by round to nearest, without a search: what is
-compared is arithmetic on the same weights. Writes NAME.md and NAME.json (--output).
+compared is arithmetic on the same weights: that of many rows in both modes, and that of few rows, by which tokens are
+decoded. Writes NAME.md and NAME.json (--output).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 import transformers
 from shapes import round_to_nearest
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 from writing import write_results
 
 from autoq import QuantConfig, __version__
@@ -57,7 +59,7 @@ def _measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     reference = _dense(_quantized(directory, torch.float32, config), torch.float64)
     row: dict[str, Any] = {"model": directory.name}
 
-    def evaluate(name: str, model: PreTrainedModel) -> None:
+    def evaluate(name: str, model: nn.Module) -> None:
         found = compare(
             reference, model, tokenizer, arguments.text, arguments.window, arguments.max_windows, 4, progress=False
         )
@@ -71,8 +73,27 @@ def _measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 if isinstance(module, QuantLinear):
                     module.mode = mode
             evaluate(f"{mode}, {dtype_name}", model)
+        evaluate(f"few rows, {dtype_name}", _FewRows(model))
     evaluate("torch, bf16", _dense(_quantized(directory, torch.bfloat16, config), torch.bfloat16))
     return row
+
+
+class _FewRows(nn.Module):
+    """A model that is given two tokens of each of four windows at a time, as when it decodes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._model = model
+        self.config = model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    def forward(self, batch: Tensor, use_cache: bool) -> CausalLMOutput:
+        cache = DynamicCache(config=self.config)
+        parts = [self._model(part, past_key_values=cache, use_cache=True).logits for part in batch.split(2, dim=1)]
+        return CausalLMOutput(logits=torch.cat(parts, dim=1))
 
 
 def _quantized(directory: Path, dtype: torch.dtype, config: QuantConfig) -> Any:

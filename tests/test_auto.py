@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from autoq import AutoQForCausalLM
-from autoq.errors import ArchitectureError, AutoQError, CalibrationError, CheckpointError, ConfigError
+from autoq.errors import ArchitectureError, AutoQError, CalibrationError, CheckpointError, ConfigError, InputError
 from autoq.loading import load_quantized
 from autoq.nn import QuantLinear
 
@@ -232,6 +232,31 @@ def test_a_full_precision_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Pa
     for device_map in (None, "disk"):
         with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
             AutoQForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+
+
+@pytest.mark.parametrize("fuse_layers", [True, False])
+@pytest.mark.parametrize("name", ["llama-gqa", "opt", "gptj"])
+def test_ids_that_a_model_cannot_take_get_a_sentence(name: str, fuse_layers: bool, tmp_path: Path) -> None:
+    quantized(variant(name)).save_quantized(tmp_path)
+    model = AutoQForCausalLM.from_quantized(tmp_path, fuse_layers=fuse_layers)
+    ids, size = _prompt(), model.config.vocab_size
+    for wrong in (size, -1):
+        bad = ids.clone()
+        bad[0, 5] = wrong
+        for call in (model, lambda ids: _generate(model, ids)):
+            with pytest.raises(InputError, match=rf"input_ids\[0, 5\] is {wrong}, but .* vocabulary has {size} tokens"):
+                call(bad)
+    with pytest.raises(InputError, match=r"input_ids is \[1, 0\]: there is no token"):
+        _generate(model, ids[:, :0])
+    with pytest.raises(InputError, match=r"dtype torch.float32"):
+        model(ids.float())
+    if name != "llama-gqa":  # whose positions go on
+        with pytest.raises(InputError, match=r"context is 128 tokens, but input_ids holds 120 and 20 more are asked"):
+            _generate(model, _prompt(120), max_new_tokens=20)
+        cache = model(_prompt(120), use_cache=True).past_key_values
+        with pytest.raises(InputError, match=r"holds 20 and 120 more are in the cache"):
+            model(_prompt(20), past_key_values=cache)
+    assert _generate(model, ids).shape == (1, 16)
 
 
 def test_save_pretrained_is_refused(llama: Path, tmp_path: Path) -> None:
