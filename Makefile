@@ -15,8 +15,8 @@ READY := $(VENV)/.installed
 
 install: $(READY)
 
-# torch comes first: the extension is built with the torch that runs it. In the mode compat, Python finds the package even
-# beside a directory that has its name, such as this one.
+# torch comes first: the extension is built with the torch that runs it. In the mode compat, Python finds the package
+# even beside a directory that has its name, such as this one.
 $(READY): setup.py pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch ninja pybind11 setuptools

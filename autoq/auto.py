@@ -16,8 +16,7 @@ from autoq.architectures import architecture_of
 from autoq.checkpoint import lacks_tensor
 from autoq.config import QuantConfig
 from autoq.errors import CalibrationError, CheckpointError, ConfigError, first_line
-from autoq.evaluation.perplexity import context_length
-from autoq.inputs import explained
+from autoq.inputs import context_length, explained
 from autoq.loading import check_dtype, find_checkpoint, leave_on_disk, load_quantized
 from autoq.nn import QuantLinear, shares_head
 from autoq.nn.block import fuse_blocks

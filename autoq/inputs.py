@@ -1,8 +1,11 @@
-"""What is wrong with a model's inputs, found out once torch has stumbled over them: to look at every step's ids would
-have a GPU wait for each."""
+"""How many tokens a model takes, and what is wrong with its token ids.
+
+That is found out once torch has stumbled over them: to look at every step's would have a GPU wait for each.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +14,18 @@ import torch
 from torch import Tensor
 
 from autoq.errors import InputError
-from autoq.evaluation.perplexity import context_length
+
+# Where the configurations of the families keep the longest sequence the model takes.
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence a model takes, in tokens, or None where its configuration names no limit (Bloom)."""
+    for name in _CONTEXT_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 @contextmanager
@@ -23,19 +37,28 @@ def explained(config: Any, ids: Any, more: Callable[[], int], where: str) -> Ite
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        fault = _fault(config, ids, more(), where) if isinstance(ids, Tensor) else None
+        fault = None
+        if isinstance(ids, Tensor):
+            fault = _fault_of_kind(ids)
+            # Not what else can go wrong with many tokens, such as too little memory.
+            if fault is None and re.search(r"\b(index|indices)\b", str(error)):
+                fault = _fault_of_values(config, ids, more(), where)
         if fault is None:
             raise
         raise InputError(fault) from error
 
 
-def _fault(config: Any, ids: Tensor, more: int, where: str) -> str | None:
+def _fault_of_kind(ids: Tensor) -> str | None:
     if ids.numel() == 0:
         return (
             f"input_ids is {list(ids.shape)}: there is no token; give at least one, such as the tokenizer's bos_token"
         )
     if ids.dtype not in (torch.int64, torch.int32):
         return f"input_ids has the dtype {ids.dtype}; token ids are torch.int64"
+    return None
+
+
+def _fault_of_values(config: Any, ids: Tensor, more: int, where: str) -> str | None:
     size = config.get_text_config().vocab_size
     wrong = ((ids < 0) | (ids >= size)).nonzero()
     if len(wrong):

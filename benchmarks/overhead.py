@@ -62,10 +62,11 @@ def main() -> None:
         "shape": arguments.shape, "threads": arguments.threads, "step_ms": step_ms, "linears_ms": linear_ms,
         "calls_ms": call_ms, "outside_share": 1 - linear_ms / step_ms, "rounds": rounds,
     }  # fmt: skip
+    options = f"--shape {arguments.shape} --threads {arguments.threads} --rounds {arguments.rounds}"
     text = (
-        f"`python benchmarks/overhead.py --shape {arguments.shape} --threads {arguments.threads}`, 4 bits, the head "
-        f"bf16, {device_name(torch.device('cpu'))}; autoq {__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}.\n\n| a step, ms | its linears, ms | outside, ms | share |\n|---|---|---|---|\n"
+        f"`python benchmarks/overhead.py {options}`, 4 bits, the head bf16, {device_name(torch.device('cpu'))}; "
+        f"autoq {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
+        "| a step, ms | its linears, ms | outside, ms | share |\n|---|---|---|---|\n"
         f"| {step_ms:.2f} | {linear_ms:.2f} | {step_ms - linear_ms:.2f} | {result['outside_share']:.1%} |"
     )
     print(text)

@@ -24,6 +24,7 @@ from transformers import (
 
 from autoq import AutoQForCausalLM
 from autoq.errors import ArchitectureError, AutoQError, CalibrationError, CheckpointError, ConfigError, InputError
+from autoq.inputs import explained
 from autoq.loading import load_quantized
 from autoq.nn import QuantLinear
 
@@ -257,6 +258,12 @@ def test_ids_that_a_model_cannot_take_get_a_sentence(name: str, fuse_layers: boo
         with pytest.raises(InputError, match=r"holds 20 and 120 more are in the cache"):
             model(_prompt(20), past_key_values=cache)
     assert _generate(model, ids).shape == (1, 16)
+
+
+def test_too_little_memory_is_not_the_fault_of_the_ids() -> None:
+    config = variant("llama-gqa").model().config
+    with pytest.raises(RuntimeError, match="memory"), explained(config, _prompt(200), lambda: 0, "asked for"):
+        raise RuntimeError("not enough memory")
 
 
 def test_save_pretrained_is_refused(llama: Path, tmp_path: Path) -> None:

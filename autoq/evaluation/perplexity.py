@@ -15,9 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from autoq.errors import ConfigError
+from autoq.inputs import context_length
 
-# Where the configurations of the families keep the longest sequence the model takes.
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 _DEFAULT_LENGTH = 2048
 
 # Logits converted to fp32 at a time, 64 MiB of them: with all of [batch, sequence, vocabulary] a window of 2048
@@ -104,15 +103,6 @@ def _window_length(config: Any, sequence_length: int | None) -> int:
             f"use at most {context}, or None"
         )
     return sequence_length
-
-
-def context_length(config: Any) -> int | None:
-    """The longest sequence a model takes, in tokens, or None where its configuration names no limit (Bloom)."""
-    for name in _CONTEXT_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _text_ids(tokenizer: Any, text: str | Path | Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autoq.errors import ConfigError
-from autoq.evaluation.perplexity import context_length, evaluating, module_of
+from autoq.evaluation.perplexity import evaluating, module_of
+from autoq.inputs import context_length
 
 # Untimed steps before the timed runs: the first calls allocate memory, choose kernels and fault weights in.
 _WARMUP_TOKENS = 4
